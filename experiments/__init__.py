@@ -1,0 +1,1 @@
+"""The paper's experiments, from tuning to figures; run `python -m experiments`."""
