@@ -1,3 +1,78 @@
-"""Adam taken apart: sign, magnitude and variance of stochastic gradients."""
+"""Adam taken apart: sign, magnitude and variance of stochastic gradients.
+
+The names below come in the order in which a gradient meets them: it is paired with a
+variance, the pair moves with the momentum, the sign is taken, and the factor shortens
+what is mostly noise. The optimizers are chains of these transformations.
+"""
+
+from dissect_optax._adaptation import (
+    adapt_to_variance,
+    gaussian_sign,
+    inverse,
+    inverse_sqrt,
+)
+from dissect_optax._estimates import (
+    AccumulateMomentumState,
+    CorrectForMomentumState,
+    Estimate,
+    MovingAverageEstimateState,
+    TwoMovingAveragesEstimateState,
+    accumulate_momentum,
+    aggregate_per_example,
+    attach_variance,
+    correct_for_momentum,
+    moving_average_estimate,
+    with_relative_variance_of,
+)
+from dissect_optax._optimizers import (
+    adam,
+    adam_star,
+    adam_star_mb,
+    m_sgd,
+    m_ssd,
+    m_svag,
+    m_svag_mb,
+    sgd,
+    ssd,
+    svag,
+)
+from dissect_optax._sign import scale_by_sign
 
 __version__ = "0.1.0"
+
+# Sorted by meaning, not by alphabet: in the order in which a gradient meets them.
+__all__ = [  # noqa: RUF022
+    # A gradient becomes an Estimate,
+    "Estimate",
+    "moving_average_estimate",
+    "attach_variance",
+    "aggregate_per_example",
+    "with_relative_variance_of",
+    # moves with the momentum,
+    "accumulate_momentum",
+    "correct_for_momentum",
+    # may lose its magnitude,
+    "scale_by_sign",
+    # and is adapted to its variance.
+    "adapt_to_variance",
+    "inverse",
+    "inverse_sqrt",
+    "gaussian_sign",
+    # The states of these transformations.
+    "MovingAverageEstimateState",
+    "TwoMovingAveragesEstimateState",
+    "AccumulateMomentumState",
+    "CorrectForMomentumState",
+    # Table 1,
+    "sgd",
+    "ssd",
+    "svag",
+    "m_sgd",
+    "m_ssd",
+    "m_svag",
+    "adam",
+    # and the variants of §D.
+    "adam_star",
+    "m_svag_mb",
+    "adam_star_mb",
+]

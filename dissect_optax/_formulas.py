@@ -89,7 +89,7 @@ def add_noise_floor(
     variance: jax.Array, second_moment: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
     """(√v+ε)² - m² from s = v-m²: Adam's ε as a noise floor on the variance."""
-    return variance + eps * (2 * jnp.sqrt(second_moment) + eps)
+    return variance + eps * (2 * jnp.sqrt(jnp.maximum(second_moment, 0.0)) + eps)
 
 
 # ---- Relative variance (7) and the adaptation factors (14), (15) ------------------
@@ -110,3 +110,25 @@ def relative_variance(mean: jax.Array, variance: jax.Array) -> jax.Array:
     ratio = jnp.sqrt(size) / jnp.where(magnitude > 0, magnitude, 1.0)
     eta2 = jnp.copysign(jnp.square(ratio), variance)
     return jnp.where(magnitude == 0, 0.0, jnp.maximum(eta2, limits.eps - 1))
+
+
+def debias(variance: jax.Array, rest: jax.Array) -> jax.Array:
+    """s/(1-κ) with `rest` = 1-κ; zero where one gradient carries all the weight.
+
+    E[v-m²] = (1-κ)σ² for independent gradients, since κ(μ,t) is also the sum of the
+    squared weights in m. A negative v-m², which two decays allow, stays as it is.
+    """
+    # At t = 1, or with decay zero, v-m² and 1-κ are both zero: no spread was seen.
+    undefined = rest <= 0
+    divisor = jnp.where(undefined | (variance < 0), 1.0, rest)
+    return jnp.where(undefined, 0.0, variance / divisor)
+
+
+# ---- The variance of a mini-batch gradient (44) -----------------------------------
+
+
+def variance_of_mean(examples: jax.Array, mean: jax.Array) -> jax.Array:
+    """ŝ = 1/B · 1/(B-1) Σ_k |g_k - g|², Eq. (44), over the leading axis."""
+    batch_size = examples.shape[0]
+    deviations = squared_magnitude(examples - mean[None])
+    return jnp.sum(deviations, axis=0) / (batch_size * (batch_size - 1))

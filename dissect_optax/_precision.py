@@ -1,0 +1,79 @@
+"""In which numbers to accumulate: at least float32, whatever the gradients are."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def wide_dtype(
+    dtype: jax.typing.DTypeLike, accumulator_dtype: jax.typing.DTypeLike | None
+) -> jnp.dtype:
+    """The dtype that gradients of `dtype` are accumulated in; complex stays complex."""
+    if accumulator_dtype is None:
+        return jnp.promote_types(dtype, jnp.float32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.promote_types(accumulator_dtype, jnp.complex64)
+    return jnp.dtype(accumulator_dtype)
+
+
+def real_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of |x|² for x of `dtype`."""
+    return jnp.finfo(dtype).dtype
+
+
+def widen(
+    tree: Any, accumulator_dtype: jax.typing.DTypeLike | None, *, real: bool = False
+) -> Any:
+    """Cast every leaf to its wide dtype, or to the real counterpart of it."""
+
+    def cast(leaf: jax.typing.ArrayLike) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        dtype = wide_dtype(leaf.dtype, accumulator_dtype)
+        return leaf.astype(real_dtype(dtype) if real else dtype)
+
+    return jax.tree.map(cast, tree)
+
+
+def zeros_in_wide(
+    params: Any, accumulator_dtype: jax.typing.DTypeLike | None, *, real: bool = False
+) -> Any:
+    """Zeros shaped and sharded like the parameters, in their wide dtypes."""
+
+    def zeros(leaf: jax.typing.ArrayLike) -> jax.Array:
+        dtype = wide_dtype(jnp.result_type(leaf), accumulator_dtype)
+        return jnp.zeros_like(leaf, dtype=real_dtype(dtype) if real else dtype)
+
+    return jax.tree.map(zeros, params)
+
+
+def accumulate_wide(
+    inner: optax.GradientTransformation,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Run `inner` in wide numbers; updates come back in the gradient's dtype."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return inner.init(zeros_in_wide(params, accumulator_dtype))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        gradients = widen(updates, accumulator_dtype)
+        wide, new_state = inner.update(gradients, state, params, **extra_args)
+        narrow = jax.tree.map(lambda g, u: u.astype(jnp.result_type(g)), updates, wide)
+        # A leaf without a gradient (None) keeps its state, and the state its structure.
+        new_state = jax.tree.map(
+            lambda new, old: old if new is None else new,
+            new_state,
+            state,
+            is_leaf=lambda leaf: leaf is None,
+        )
+        return narrow, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
