@@ -13,7 +13,12 @@ import optax
 
 from dissect_optax import _formulas
 from dissect_optax._checks import check_callable
-from dissect_optax._estimates import Estimate, in_gradient_dtype, require_estimate
+from dissect_optax._estimates import (
+    Estimate,
+    in_gradient_dtype,
+    known_moments,
+    require_estimate,
+)
 
 Factor = Callable[[jax.Array], jax.Array]
 
@@ -154,7 +159,14 @@ def adapt_to_variance(
             gamma = factor(_formulas.relative_variance(p, s))
             return jnp.where(p == 0, jnp.zeros((), p.dtype), gamma * p)
 
-        adapted = jax.tree.map(adapt, estimate.mean, estimate.variance)
+        def adapt_by_moments(p: jax.Array, m: jax.Array, root: jax.Array) -> jax.Array:
+            return _formulas.inverse_sqrt_from_moments(m, root) * p
+
+        moments = known_moments(estimate)
+        if factor is inverse_sqrt and moments is not None:
+            adapted = jax.tree.map(adapt_by_moments, estimate.mean, *moments)
+        else:
+            adapted = jax.tree.map(adapt, estimate.mean, estimate.variance)
         return in_gradient_dtype(estimate, adapted), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

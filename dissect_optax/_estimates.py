@@ -58,10 +58,17 @@ class Estimate(NamedTuple):
         raise TypeError(_LEFT_THE_CHAIN)
 
 
-class _WideEstimate(Estimate):
-    """An Estimate in wider numbers than its gradients; remembers their dtypes."""
+class _SourcedEstimate(Estimate):
+    """An Estimate that remembers of its gradients what the pair cannot say.
 
-    gradient_dtypes: tuple[jnp.dtype, ...] | None = None
+    Where the memory is lost, at a jit boundary or in somebody else's transformation,
+    the pair alone serves: the update is then in wide numbers, and right to rounding.
+    """
+
+    # The gradients' dtypes in leaf order, where the pair is in wider numbers.
+    dtypes: tuple[jnp.dtype, ...] | None = None
+    # (m, √v+ε), from which (1+η²)^(-1/2) = |m|/(√v+ε) comes without cancellation.
+    moments: tuple[optax.Updates, optax.Updates] | None = None
 
 
 _LEFT_THE_CHAIN = (
@@ -197,20 +204,33 @@ def moving_average_estimate(
             )
 
         def read_variance(mean: jax.Array, square: jax.Array) -> jax.Array:
-            m2 = _formulas.squared_magnitude(mean)
-            variance = square if b2 is None else square - m2
+            if b2 is None:
+                variance = square
+            else:
+                variance = square - _formulas.squared_magnitude(mean)
             if debias_variance:
                 rest = _formulas.one_minus_kappa(b1, count, square.dtype)
                 variance = _formulas.debias(variance, rest)
-            if isinstance(eps, int | float) and eps == 0:
-                return variance
-            v = variance + m2 if b2 is None or debias_variance else square
-            return _formulas.add_noise_floor(variance, v, eps)
+            return variance
+
+        def read_root(
+            mean: jax.Array, square: jax.Array, variance: jax.Array
+        ) -> jax.Array:
+            if b2 is None or debias_variance:
+                v = variance + _formulas.squared_magnitude(mean)
+                return _formulas.floored_root(mean, jnp.maximum(v, 0.0), eps)
+            return _formulas.floored_root(mean, square, eps)
 
         mean, square = _accumulate(accumulate, (updates,), (state[1], state[2]))
-        variance = jax.tree.map(read_variance, mean, square)
         new_state = type(state)(count, mean, square)
-        return _new_estimate(updates, mean, variance), new_state
+        variance = jax.tree.map(read_variance, mean, square)
+        if b2 is None and isinstance(eps, int | float) and eps == 0:
+            return _new_estimate(updates, mean, variance), new_state
+        root = jax.tree.map(read_root, mean, square, variance)
+        variance = jax.tree.map(
+            lambda s, r: _formulas.add_noise_floor(s, r, eps), variance, root
+        )
+        return _new_estimate(updates, mean, variance, root), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -386,12 +406,13 @@ def with_relative_variance_of(
         def direction(m: jax.Array, g: jax.Array) -> jax.Array:
             return jnp.where(m == 0, jnp.zeros((), m.dtype), g.astype(m.dtype))
 
-        def variance(m: jax.Array, s: jax.Array, p: jax.Array) -> jax.Array:
-            return _formulas.relative_variance(m, s) * _formulas.squared_magnitude(p)
+        def variance(m: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
+            g2 = _formulas.squared_magnitude(g.astype(m.dtype))
+            return _formulas.relative_variance(m, s) * g2
 
         gradient = jax.tree.map(direction, estimate.mean, updates)
-        spread = jax.tree.map(variance, estimate.mean, estimate.variance, gradient)
-        return like_estimate(estimate, gradient, spread), state
+        spread = jax.tree.map(variance, estimate.mean, estimate.variance, updates)
+        return like_estimate(estimate, gradient, spread, same_ratio=True), state
 
     return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
 
@@ -566,44 +587,55 @@ def require_estimate(updates: Any, name: str) -> Estimate:
 
 
 def like_estimate(
-    estimate: Estimate, mean: optax.Updates, variance: optax.Updates
+    estimate: Estimate,
+    mean: optax.Updates,
+    variance: optax.Updates,
+    *,
+    same_ratio: bool = False,
 ) -> Estimate:
-    """A new Estimate that remembers the gradient's dtypes as `estimate` does."""
-    if not isinstance(estimate, _WideEstimate):
+    """A new Estimate from the same gradients; `same_ratio` if η² did not change."""
+    if not isinstance(estimate, _SourcedEstimate):
         return Estimate(mean, variance)
-    new = _WideEstimate(mean, variance)
-    new.gradient_dtypes = estimate.gradient_dtypes
+    new = _SourcedEstimate(mean, variance)
+    new.dtypes = estimate.dtypes
+    new.moments = estimate.moments if same_ratio else None
     return new
+
+
+def known_moments(estimate: Estimate) -> tuple[optax.Updates, optax.Updates] | None:
+    """(m, √v+ε) with 1+η² = (√v+ε)²/m², if the Estimate still knows them."""
+    return estimate.moments if isinstance(estimate, _SourcedEstimate) else None
 
 
 def in_gradient_dtype(estimate: Estimate, updates: optax.Updates) -> optax.Updates:
     """Plain updates made from `estimate`, in the dtypes of the gradients behind it."""
-    dtypes = getattr(estimate, "gradient_dtypes", None)
-    if dtypes is None:
+    if not isinstance(estimate, _SourcedEstimate) or estimate.dtypes is None:
         return updates
     leaves, treedef = jax.tree.flatten(updates)
-    cast = [leaf.astype(dtype) for leaf, dtype in zip(leaves, dtypes, strict=True)]
-    return jax.tree.unflatten(treedef, cast)
+    pairs = zip(leaves, estimate.dtypes, strict=True)
+    return jax.tree.unflatten(treedef, [leaf.astype(dtype) for leaf, dtype in pairs])
 
 
 def _new_estimate(
-    gradients: optax.Updates, mean: optax.Updates, variance: optax.Updates
+    gradients: optax.Updates,
+    mean: optax.Updates,
+    variance: optax.Updates,
+    root: optax.Updates | None = None,
 ) -> Estimate:
     """An Estimate made from gradients; None wherever there was no gradient."""
-    mean, variance = (
-        jax.tree.map(
+
+    def present(tree: optax.Updates) -> optax.Updates:
+        return jax.tree.map(
             lambda g, leaf: None if g is None else leaf,
             gradients,
             tree,
             is_leaf=_is_none,
         )
-        for tree in (mean, variance)
-    )
-    dtypes = tuple(jnp.result_type(g) for g in jax.tree.leaves(gradients))
-    if dtypes == tuple(m.dtype for m in jax.tree.leaves(mean)):
-        return Estimate(mean, variance)
-    estimate = _WideEstimate(mean, variance)
-    estimate.gradient_dtypes = dtypes
+
+    estimate = _SourcedEstimate(present(mean), present(variance))
+    estimate.dtypes = tuple(jnp.result_type(g) for g in jax.tree.leaves(gradients))
+    if root is not None:
+        estimate.moments = (estimate.mean, present(root))
     return estimate
 
 

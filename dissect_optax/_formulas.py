@@ -13,10 +13,17 @@ import jax.numpy as jnp
 # ---- The weight of the newest gradient, and the momentum correction ---------------
 
 
-def log_decay(decay: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Natural logarithm of a decay, in `dtype` (-inf for a decay of zero)."""
-    # Rounded to `dtype` first, so that a Python float and a traced value agree.
-    return jnp.log(jnp.asarray(decay, dtype))
+def decay_power_minus_one(
+    decay: jax.typing.ArrayLike,
+    exponent: jax.Array | int,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """β^t - 1, with all digits also where β^t is close to one."""
+    # Rounded to `dtype` first, so that a Python float and a traced value agree. The
+    # smallest number in place of zero gives β → 1 its limit in the ratios below.
+    log_decay = jnp.log(jnp.asarray(decay, dtype))
+    log_decay = jnp.minimum(log_decay, -jnp.finfo(dtype).tiny)
+    return jnp.expm1(jnp.asarray(exponent, dtype) * log_decay)
 
 
 def newest_weight(
@@ -27,22 +34,19 @@ def newest_weight(
     Exactly one at t = 1. A decay that low precision has rounded to one gives the
     limit 1/t, the plain average.
     """
-    # 1-β^t by subtraction would lose the digits that bias correction is about.
-    log_beta = log_decay(decay, dtype)
-    t = count.astype(dtype)
-    averages_all = (count <= 1) | (log_beta == 0)
-    safe_log = jnp.where(averages_all, -1.0, log_beta)
-    weight = jnp.expm1(safe_log) / jnp.expm1(t * safe_log)
-    return jnp.where(averages_all, 1.0 / t, weight)
+    weight = decay_power_minus_one(decay, 1, dtype) / decay_power_minus_one(
+        decay, count, dtype
+    )
+    return jnp.where(count <= 1, 1.0, weight)
 
 
 def kappa(
     momentum: jax.typing.ArrayLike, count: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """κ(μ,t) = (1-μ)(1+μ^t) / ((1+μ)(1-μ^t)), Eq. (19); κ(μ,1) = 1 and κ(0,t) = 1."""
-    mu = jnp.asarray(momentum, dtype)
-    power = jnp.exp(count.astype(dtype) * log_decay(momentum, dtype))
-    ratio = newest_weight(momentum, count, dtype) * (1 + power) / (1 + mu)
+    one_plus_power = 2 + decay_power_minus_one(momentum, count, dtype)
+    one_plus_mu = 2 + decay_power_minus_one(momentum, 1, dtype)
+    ratio = newest_weight(momentum, count, dtype) * one_plus_power / one_plus_mu
     return jnp.where(count <= 1, 1.0, ratio)
 
 
@@ -51,9 +55,9 @@ def one_minus_kappa(
 ) -> jax.Array:
     """1 - κ(μ,t) = 2μ(1-μ^(t-1)) / ((1+μ)(1-μ^t)); exactly zero at t = 1 or μ = 0."""
     mu = jnp.asarray(momentum, dtype)
-    # (1-μ^(t-1))/(1-μ^t) is the ratio of two bias corrections, w_t / w_(t-1).
-    before = newest_weight(momentum, jnp.maximum(count - 1, 1), dtype)
-    ratio = newest_weight(momentum, count, dtype) / before
+    ratio = decay_power_minus_one(momentum, count - 1, dtype) / decay_power_minus_one(
+        momentum, count, dtype
+    )
     return jnp.where(count <= 1, 0.0, 2 * mu / (1 + mu) * ratio)
 
 
@@ -69,7 +73,8 @@ def squared_magnitude(x: jax.Array) -> jax.Array:
 
 def average(previous: jax.Array, newest: jax.Array, weight: jax.Array) -> jax.Array:
     """Bias-corrected moving average after `newest` came in with its weight."""
-    return previous + weight * (newest - previous)
+    # A weight of one forgets the past, however large it was.
+    return jnp.where(weight == 1, newest, previous + weight * (newest - previous))
 
 
 def average_with_variance(
@@ -80,16 +85,32 @@ def average_with_variance(
     The recursion of West (1979), "Updating mean and variance estimates: an improved
     method": algebraically v-m², without the subtraction, and never negative.
     """
-    deviation = gradient - mean
-    spread = squared_magnitude(deviation)
-    return mean + weight * deviation, (1 - weight) * (variance + weight * spread)
+    mean = average(mean, gradient, weight)
+    # In terms of the new mean, g - m_t = (1-w)(g - m_(t-1)), so that both averages are
+    # updated in place: the old mean would have to be copied first.
+    rest = 1 - weight
+    gain = jnp.where(weight < 1, weight, 0.0) / jnp.where(weight < 1, rest, 1.0)
+    return mean, rest * variance + gain * squared_magnitude(gradient - mean)
+
+
+def floored_root(
+    mean: jax.Array, second_moment: jax.Array, eps: jax.typing.ArrayLike
+) -> jax.Array:
+    """√v + ε, Adam's denominator (5); never zero."""
+    if isinstance(eps, int | float) and eps > 0:
+        return jnp.sqrt(second_moment) + eps
+    # Without ε: where g² has underflowed, all that is known is v ≥ m².
+    magnitude = jnp.abs(mean)
+    known = second_moment > 0
+    root = jnp.sqrt(jnp.where(known, second_moment, 1.0)) + eps
+    return jnp.where(known, root, jnp.where(magnitude > 0, magnitude, 1.0))
 
 
 def add_noise_floor(
-    variance: jax.Array, second_moment: jax.Array, eps: jax.typing.ArrayLike
+    variance: jax.Array, root: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
-    """(√v+ε)² - m² from s = v-m²: Adam's ε as a noise floor on the variance."""
-    return variance + eps * (2 * jnp.sqrt(jnp.maximum(second_moment, 0.0)) + eps)
+    """(√v+ε)² - m² from s = v-m² and `root` = √v+ε: Adam's ε as a noise floor."""
+    return variance + eps * (2 * root - eps)
 
 
 # ---- Relative variance (7) and the adaptation factors (14), (15) ------------------
@@ -101,15 +122,22 @@ def relative_variance(mean: jax.Array, variance: jax.Array) -> jax.Array:
     Variances below the smallest normal number count as zero, and η² stays above -1 by
     one rounding unit, so that every factor is finite.
     """
-    # Roots first: m² underflows for |m| < 1e-19 in float32, and (s/m)/m does not help,
-    # because XLA rewrites it into s/(m·m).
-    limits = jnp.finfo(variance.dtype)
+    # Twice by the reciprocal: m² underflows for |m| < 1e-19 in float32, and dividing
+    # twice does not help, because XLA rewrites (s/m)/m into s/(m·m).
     magnitude = jnp.abs(mean)
-    # The comparison is written so that a NaN variance stays NaN.
-    size = jnp.where(jnp.abs(variance) < limits.tiny, 0.0, jnp.abs(variance))
-    ratio = jnp.sqrt(size) / jnp.where(magnitude > 0, magnitude, 1.0)
-    eta2 = jnp.copysign(jnp.square(ratio), variance)
-    return jnp.where(magnitude == 0, 0.0, jnp.maximum(eta2, limits.eps - 1))
+    zero = magnitude == 0
+    reciprocal = 1 / jnp.where(zero, 1.0, magnitude)
+    eta2 = (variance * reciprocal) * reciprocal
+    lowest = jnp.finfo(variance.dtype).eps - 1
+    return jnp.where(zero, 0.0, jnp.maximum(eta2, lowest))
+
+
+def inverse_sqrt_from_moments(mean: jax.Array, root: jax.Array) -> jax.Array:
+    """(1+η²)^(-1/2) = |m|/(√v+ε), Eq. (6), where both are at hand; `root` > 0.
+
+    As good as by η² where v ≥ m²; better where v ≪ m², where v-m² cancels.
+    """
+    return jnp.abs(mean) / root
 
 
 def debias(variance: jax.Array, rest: jax.Array) -> jax.Array:

@@ -57,6 +57,6 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
         mean, variance = updates
         signs = jax.tree.map(jnp.sign, mean)
         spread = jax.tree.map(_formulas.relative_variance, mean, variance)
-        return like_estimate(updates, signs, spread), state
+        return like_estimate(updates, signs, spread, same_ratio=True), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

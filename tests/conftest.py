@@ -1,0 +1,20 @@
+"""Settings of every test: no silent broadcasting, float64 by fixture only."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion_raises() -> Iterator[None]:
+    """A vector that meets a matrix is a mistake until it says otherwise."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
