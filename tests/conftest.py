@@ -5,6 +5,11 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+if hasattr(jax, "enable_x64"):
+    enable_x64 = jax.enable_x64
+else:  # JAX before 0.8
+    from jax.experimental import enable_x64
+
 
 @pytest.fixture(autouse=True)
 def rank_promotion_raises() -> Iterator[None]:
@@ -16,5 +21,5 @@ def rank_promotion_raises() -> Iterator[None]:
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 for one test."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
