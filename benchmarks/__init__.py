@@ -1,0 +1,1 @@
+"""Opt-in measurements; each prints a table and writes JSON with its environment."""
