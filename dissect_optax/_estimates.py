@@ -22,7 +22,7 @@ from dissect_optax._checks import (
     check_not_negative,
     matching_variance,
 )
-from dissect_optax._precision import widen, zeros_in_wide
+from dissect_optax._precision import cast_like, widen, zeros_in_wide
 
 
 class Estimate(NamedTuple):
@@ -132,8 +132,9 @@ def moving_average_estimate(
         `scale_by_sign`, `adapt_to_variance(inverse_sqrt)` exactly m/(√v+ε).
       debias_variance: Divide v - m² by 1-κ(β1,t), which makes it unbiased for
         independent gradients, the form of the later publication (ICML 2018).
-      accumulator_dtype: Dtype of both moments. None means each leaf's own, but at
-        least float32. Complex leaves use the complex dtype that goes with it.
+      accumulator_dtype: Dtype that both moments are stored in. None means each leaf's
+        own, but at least float32. Complex leaves use the complex dtype that goes with
+        it.
 
     Returns:
       A transformation from gradients to `Estimate`. Its state holds `count`, `mean` and
@@ -191,8 +192,8 @@ def moving_average_estimate(
         def accumulate(
             g: jax.Array, mean: jax.Array, square: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
+            g, mean, square = widen((g.astype(mean.dtype), mean, square), None)
             dtype = square.dtype
-            g = jnp.asarray(g).astype(mean.dtype)
             weight = _formulas.newest_weight(b1, count, dtype)
             if b2 is None:
                 return _formulas.average_with_variance(mean, square, g, weight)
@@ -222,7 +223,7 @@ def moving_average_estimate(
             return _formulas.floored_root(mean, square, eps)
 
         mean, square = _accumulate(accumulate, (updates,), (state[1], state[2]))
-        new_state = type(state)(count, mean, square)
+        new_state = type(state)(count, *cast_like((mean, square), (state[1], state[2])))
         variance = jax.tree.map(read_variance, mean, square)
         if b2 is None and isinstance(eps, int | float) and eps == 0:
             return _new_estimate(updates, mean, variance), new_state
@@ -442,8 +443,8 @@ def accumulate_momentum(
 
     Args:
       momentum: The decay μ, in [0, 1).
-      accumulator_dtype: Dtype of both aggregators. None means each leaf's own, but at
-        least float32.
+      accumulator_dtype: Dtype that both aggregators are stored in. None means each
+        leaf's own, but at least float32.
 
     Returns:
       A transformation from `Estimate` to `Estimate`. Its state holds `trace` (r) and
@@ -491,11 +492,12 @@ def accumulate_momentum(
         def accumulate(
             mean: jax.Array, variance: jax.Array, r: jax.Array, s: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
+            r, s = widen((r, s), None)
             mu = jnp.asarray(momentum, s.dtype)
             return mu * r + mean.astype(r.dtype), mu**2 * s + variance.astype(s.dtype)
 
         trace, spread = _accumulate(accumulate, estimate, (state.trace, state.variance))
-        new_state = AccumulateMomentumState(trace, spread)
+        new_state = AccumulateMomentumState(*cast_like((trace, spread), tuple(state)))
         return like_estimate(estimate, trace, spread), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -48,6 +48,11 @@ def zeros_in_wide(
     return jax.tree.map(zeros, params)
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+    """Cast every leaf to the dtype of its counterpart."""
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
 def accumulate_wide(
     inner: optax.GradientTransformation,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
