@@ -498,6 +498,7 @@ def accumulate_momentum(
 
         trace, spread = _accumulate(accumulate, estimate, (state.trace, state.variance))
         new_state = AccumulateMomentumState(*cast_like((trace, spread), tuple(state)))
+        trace, spread = (_where_present(estimate.mean, x) for x in (trace, spread))
         return like_estimate(estimate, trace, spread), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -625,20 +626,22 @@ def _new_estimate(
     root: optax.Updates | None = None,
 ) -> Estimate:
     """An Estimate made from gradients; None wherever there was no gradient."""
-
-    def present(tree: optax.Updates) -> optax.Updates:
-        return jax.tree.map(
-            lambda g, leaf: None if g is None else leaf,
-            gradients,
-            tree,
-            is_leaf=_is_none,
-        )
-
-    estimate = _SourcedEstimate(present(mean), present(variance))
+    mean, variance = (_where_present(gradients, tree) for tree in (mean, variance))
+    estimate = _SourcedEstimate(mean, variance)
     estimate.dtypes = tuple(jnp.result_type(g) for g in jax.tree.leaves(gradients))
     if root is not None:
-        estimate.moments = (estimate.mean, present(root))
+        estimate.moments = (mean, _where_present(gradients, root))
     return estimate
+
+
+def _where_present(inputs: optax.Updates, tree: optax.Updates) -> optax.Updates:
+    """The leaves of `tree` where there is an input, None elsewhere."""
+    return jax.tree.map(
+        lambda given, leaf: None if given is None else leaf,
+        inputs,
+        tree,
+        is_leaf=_is_none,
+    )
 
 
 def _accumulate(
