@@ -97,9 +97,9 @@ def floored_root(
     mean: jax.Array, second_moment: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
     """√v + ε, Adam's denominator (5); never zero."""
-    if isinstance(eps, int | float) and eps > 0:
+    if isinstance(eps, int | float) and eps >= jnp.finfo(second_moment.dtype).tiny:
         return jnp.sqrt(second_moment) + eps
-    # Without ε: where g² has underflowed, all that is known is v ≥ m².
+    # No ε, or one that underflows: where g² has too, all that is known is v ≥ m².
     magnitude = jnp.abs(mean)
     known = second_moment > 0
     root = jnp.sqrt(jnp.where(known, second_moment, 1.0)) + eps

@@ -72,9 +72,10 @@ def accumulate_wide(
         gradients = widen(updates, accumulator_dtype)
         wide, new_state = inner.update(gradients, state, params, **extra_args)
         narrow = jax.tree.map(lambda g, u: u.astype(jnp.result_type(g)), updates, wide)
-        # A leaf without a gradient (None) keeps its state, and the state its structure.
+        # A leaf without a gradient (None) keeps its state, and the state its structure
+        # and dtypes, also where a hyperparameter is a wider array than the leaf.
         new_state = jax.tree.map(
-            lambda new, old: old if new is None else new,
+            lambda new, old: old if new is None else new.astype(old.dtype),
             new_state,
             state,
             is_leaf=lambda leaf: leaf is None,
