@@ -1,0 +1,148 @@
+"""Which room may know which: the arrows of the design, read off the source."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dissect_optax
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "dissect_optax"
+
+# Rooms that any module of the library may use.
+HELPERS = {"_checks", "_precision"}
+# Room of the library -> the rooms it may import from.
+ARROWS = {
+    "__init__": {
+        "_adaptation",
+        "_estimates",
+        "_gradient_variance",
+        "_optimizers",
+        "_sign",
+        "theory",
+    },
+    "_optimizers": {"_adaptation", "_estimates", "_sign"},
+    "_adaptation": {"_estimates", "_formulas"},
+    "_sign": {"_estimates", "_formulas"},
+    "_estimates": {"_formulas"},
+    "_gradient_variance": {"_formulas"},
+    "_checks": set(),
+    "_precision": set(),
+    "_formulas": set(),
+    # A house of its own: it knows the formulas and the public names.
+    "theory": {"theory", "_formulas"},
+}
+BROUGHT_BY_THE_LIBRARY = {"dissect_optax", "jax", "numpy", "optax"}
+
+
+def modules_under(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py")) if folder.exists() else []
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Dotted names of everything that a file imports, `from a import b` as a.b."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path: Path) -> str:
+    """`theory` for all files in it, else the name of the module."""
+    first = path.relative_to(LIBRARY).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = (name.split(".") for name in imported_names(path))
+    rooms = {
+        parts[1] for parts in names if parts[0] == "dissect_optax" and len(parts) > 1
+    }
+    files = {file.stem for file in LIBRARY.glob("*.py")}
+    folders = {file.name for file in LIBRARY.iterdir() if file.is_dir()}
+    # `from dissect_optax import Estimate` names no room: it is the front door.
+    return {room if room in files | folders else "__init__" for room in rooms}
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+LIBRARY_FILES = modules_under(LIBRARY)
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=ids(LIBRARY_FILES))
+def test_arrows_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in ARROWS, f"{room} is new: say what it may import"
+    assert imported_rooms(path) <= ARROWS[room] | HELPERS
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=ids(LIBRARY_FILES))
+def test_library_needs_only_jax_and_optax(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported_names(path)}
+    assert roots <= BROUGHT_BY_THE_LIBRARY | set(sys.stdlib_module_names)
+
+
+def test_optimizers_contain_no_mathematics() -> None:
+    """They read like Table 1: chains, no arithmetic, no arrays."""
+    path = LIBRARY / "_optimizers.py"
+    tree = ast.parse(path.read_text("utf-8"))
+    assert not any(isinstance(node, ast.BinOp) for node in ast.walk(tree))
+    assert not any(name.startswith("jax.numpy") for name in imported_names(path))
+
+
+OUTSIDE = [
+    path
+    for folder in ("experiments", "benchmarks", "notebooks")
+    for path in modules_under(ROOT / folder)
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=ids(OUTSIDE))
+def test_the_rest_uses_public_names_only(path: Path) -> None:
+    ours = [
+        name
+        for name in imported_names(path)
+        if name.split(".")[0] == dissect_optax.__name__
+    ]
+    assert not [name for name in ours if "._" in name]
+    attributes = [
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("dissect_optax", "do")
+    ]
+    assert not [name for name in attributes if name.startswith("_")]
+
+
+def test_figures_read_records_only() -> None:
+    """A figure can be drawn again without the library and without training."""
+    for path in modules_under(ROOT / "experiments" / "figures"):
+        names = set(imported_names(path))
+        roots = {name.split(".")[0] for name in names}
+        assert not roots & {"dissect_optax", "jax", "flax", "optax"}, path
+        rooms = {
+            name.split(".")[1] for name in names if name.startswith("experiments.")
+        }
+        assert rooms <= {"figures", "records"}, path
+
+
+def test_oracles_share_nothing_with_what_they_check() -> None:
+    roots = {
+        name.split(".")[0] for name in imported_names(ROOT / "tests" / "oracles.py")
+    }
+    assert roots <= {"numpy", "scipy"} | set(sys.stdlib_module_names)
+
+
+def test_public_names_are_importable_and_nothing_else_is_listed() -> None:
+    assert len(set(dissect_optax.__all__)) == len(dissect_optax.__all__)
+    for name in dissect_optax.__all__:
+        assert not name.startswith("_")
+        assert getattr(dissect_optax, name).__doc__
