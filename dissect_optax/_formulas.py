@@ -158,5 +158,8 @@ def debias(variance: jax.Array, rest: jax.Array) -> jax.Array:
 def variance_of_mean(examples: jax.Array, mean: jax.Array) -> jax.Array:
     """ŝ = 1/B · 1/(B-1) Σ_k |g_k - g|², Eq. (44), over the leading axis."""
     batch_size = examples.shape[0]
-    deviations = squared_magnitude(examples - mean[None])
-    return jnp.sum(deviations, axis=0) / (batch_size * (batch_size - 1))
+    deviations = examples - mean[None]
+    # A large mean is rounded by more than a small spread can bear: take out the rest.
+    deviations -= jnp.mean(deviations, axis=0, keepdims=True)
+    squares = squared_magnitude(deviations)
+    return jnp.sum(squares, axis=0) / (batch_size * (batch_size - 1))
