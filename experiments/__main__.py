@@ -1,0 +1,277 @@
+"""The command line: `python -m experiments` dissects Adam on handwritten digits."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from experiments import reporting
+from experiments.errors import UserError, unknown_name
+from experiments.figures import training_curves
+from experiments.methods import FOUR_METHODS, get_method
+from experiments.problems import PROBLEMS, get_problem
+from experiments.progress import Monitor
+from experiments.records import Store, to_text, write_atomically
+from experiments.running import Session, complete
+from experiments.tuning import Outcome, outcome, replicate, tune
+
+_PROGRAM = "python -m experiments"
+_MAIN_JOB = ("reproduce", "digits")
+_Positional = tyro.conf.Positional
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every command understands."""
+
+    runs_dir: Path = Path("runs")
+    """Directory of the records; a finished run is found there and not run again."""
+    data_dir: Path | None = None
+    """Directory of the data sets; digits needs none."""
+    smoke: bool = False
+    """Everything within seconds: a few steps, two seeds. Tests the code, not Adam."""
+
+
+_Options = Annotated[Options, tyro.conf.arg(name="")]
+_DEFAULTS = Options()
+
+
+def _session(problem_name: str, options: Options) -> Session:
+    """Problem, settings, store and monitor that the options ask for."""
+    problem = get_problem(problem_name)
+    return Session(
+        problem=problem,
+        settings=problem.smoke if options.smoke else problem.settings,
+        store=Store(options.runs_dir),
+        monitor=Monitor(),
+        data_dir=options.data_dir,
+    )
+
+
+def _outcomes(session: Session, optimizers: Sequence[str]) -> dict[str, Outcome]:
+    """What the records say about these methods."""
+    return {name: outcome(session, get_method(name)) for name in optimizers}
+
+
+def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -> None:
+    """The accuracy table, and the two effects with what they mean."""
+    console.print(reporting.accuracy_table(title, outcomes))
+    for aspect, comparisons in (
+        ("the sign", reporting.SIGN_COMPARISONS),
+        ("variance adaptation", reporting.ADAPTATION_COMPARISONS),
+    ):
+        if found := reporting.effects(outcomes, comparisons):
+            console.print(reporting.effect_table(aspect, found))
+    console.print(
+        "Accuracy after the last step, mean ± one standard deviation over seeds."
+        " Effects: mean difference of equal seeds ± half the 95 % confidence interval.",
+        highlight=False,
+    )
+
+
+# ---- Commands ---------------------------------------------------------------------
+
+
+def train(
+    problem: _Positional[str],
+    *,
+    optimizer: str,
+    learning_rate: float,
+    seed: int = 0,
+    options: _Options = _DEFAULTS,
+) -> None:
+    """Train one network, and say where its record is.
+
+    Args:
+      problem: The test problem.
+      optimizer: A method such as m_svag, or the path of an Optax optimizer.
+      learning_rate: The step size; a problem with a schedule starts with it.
+      seed: Seed of initial parameters, mini-batches and noise.
+      options: What every command understands.
+    """
+    session = _session(problem, options)
+    method = get_method(optimizer)
+    config = session.config(method, learning_rate, seed)
+    title = f"{method.label}, step size {learning_rate:g}, seed {seed}"
+    (record,) = complete(session, method, title, [config])
+    last = record.evaluations[-1]
+    if record.diverged:
+        outcome_text = f"diverged before step {last.step}"
+    else:
+        outcome_text = (
+            f"training loss {last.training_loss:.4g}, test loss {last.test_loss:.4g},"
+            f" test accuracy {last.test_accuracy:.1%}"
+        )
+    print(f"{title}: {outcome_text}")
+    print(f"Record: {session.store.directory(config)}")
+
+
+def tune_step_sizes(
+    problem: _Positional[str],
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    options: _Options = _DEFAULTS,
+) -> None:
+    """Find the step size of every method, as §A.2 of the paper does.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      options: What every command understands.
+    """
+    session = _session(problem, options)
+    for name in optimizers:
+        method = get_method(name)
+        tuned = tune(session, method)
+        print(
+            f"{method.label}: step size {tuned.learning_rate:g} of"
+            f" {len(tuned.candidates)}, largest stable {tuned.largest_stable:g}"
+        )
+
+
+def reproduce(
+    problem: _Positional[str],
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    seeds: int | None = None,
+    options: _Options = _DEFAULTS,
+) -> None:
+    """Tune and replicate every method, then print the table and draw Figure 3.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      seeds: Replications of each method; ten, or two with --smoke.
+      options: What every command understands.
+    """
+    session = _session(problem, options)
+    methods = [get_method(name) for name in optimizers]
+    for method in methods:
+        tuned = tune(session, method)
+        replicate(
+            session,
+            method,
+            tuned.learning_rate,
+            seeds or (2 if options.smoke else 10),
+        )
+    outcomes = _outcomes(session, optimizers)
+    _print_results(Console(), session.problem.title, outcomes)
+    summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
+    write_atomically(summary, to_text(reporting.summary(outcomes)))
+    path = draw_training_curves((problem,), options)
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
+
+
+def table(
+    problem: _Positional[str] = "digits",
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    options: _Options = _DEFAULTS,
+) -> None:
+    """Print the accuracy table and the effects, from records.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      options: What every command understands.
+    """
+    session = _session(problem, options)
+    outcomes = _outcomes(session, optimizers)
+    _print_results(Console(), session.problem.title, outcomes)
+
+
+def figure(
+    number: _Positional[int],
+    *,
+    problems: tuple[str, ...] = ("digits",),
+    options: _Options = _DEFAULTS,
+) -> None:
+    """Draw a figure of the paper, from records where it shows runs.
+
+    Args:
+      number: The figure's number in the paper.
+      problems: The columns of a figure that shows test problems.
+      options: What every command understands.
+    """
+    if number not in FIGURES:
+        known = ", ".join(str(number) for number in FIGURES)
+        raise UserError(f"There is no command for Figure {number}. Known: {known}.")
+    print(f"Figure:  {FIGURES[number](problems, options)}")
+
+
+# ---- Figures ----------------------------------------------------------------------
+
+
+def _suffix(options: Options) -> str:
+    """Keeps what a smoke test writes apart from results."""
+    return "_smoke" if options.smoke else ""
+
+
+def draw_training_curves(problems: Sequence[str], options: Options) -> Path:
+    """Figure 3 from the records of the four methods; returns its path."""
+    sessions = [_session(name, options) for name in problems]
+    columns = {
+        session.problem.title: _outcomes(session, FOUR_METHODS) for session in sessions
+    }
+    name = f"figure_3_{'_'.join(problems)}{_suffix(options)}.png"
+    return training_curves.draw(columns, options.runs_dir / "figures" / name)
+
+
+# A study adds its figure, and its command, by a row.
+FIGURES: dict[int, Callable[[Sequence[str], Options], Path]] = {
+    3: draw_training_curves,
+}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "reproduce": reproduce,
+    "train": train,
+    "tune": tune_step_sizes,
+    "table": table,
+    "figure": figure,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: The command line after the program's name. Without a command, the
+        main job runs: `reproduce digits`.
+
+    Returns:
+      The exit status.
+    """
+    arguments = list(arguments)
+    if not arguments or (
+        arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")
+    ):
+        arguments = [*_MAIN_JOB, *arguments]
+    try:
+        if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+            raise UserError(unknown_name("command", arguments[0], COMMANDS))
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog=_PROGRAM,
+            description=f"{__doc__} Problems: {', '.join(PROBLEMS)}.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except UserError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Finished runs are kept; the same command goes on:"
+            f" {_PROGRAM} {' '.join(arguments)}",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

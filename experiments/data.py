@@ -1,0 +1,69 @@
+"""Data on the device: whole data sets, mini-batches drawn from a key and a step.
+
+A data set lives on the device as it is stored (images as uint8), and a mini-batch is a
+gather inside the compiled training loop. Indices are uniform and independent, drawn
+with replacement as in §1 of the paper, from a key folded with the step: the batch of
+step 1 000 does not depend on how the run reached step 1 000.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+# Both losses are averages over this many training images at most (and every test one).
+TRAINING_IMAGES_EVALUATED = 10_000
+
+
+class Examples(NamedTuple):
+    """Images with their labels; every array has the same leading axis."""
+
+    image: jax.Array | np.ndarray
+    label: jax.Array | np.ndarray
+
+
+class Dataset(NamedTuple):
+    """A training and a test set, in random order."""
+
+    training: Examples
+    test: Examples
+
+
+def sample_batch(
+    training: Examples, key: jax.Array, step: jax.Array, batch_size: int
+) -> Examples:
+    """Mini-batch of one step, drawn uniformly with replacement.
+
+    Args:
+        training: The training set.
+        key: Key of the run's data stream.
+        step: Number of steps taken before this one, int32 scalar.
+        batch_size: Number of examples to draw.
+
+    Returns:
+        `batch_size` examples.
+
+    Examples:
+        The batch depends on key and step alone.
+
+        >>> import jax.numpy as jnp
+        >>> training = Examples(jnp.arange(50), jnp.arange(50))
+        >>> first, again = (
+        ...     sample_batch(training, jax.random.key(0), jnp.int32(7), 8)
+        ...     for _ in range(2)
+        ... )
+        >>> bool((first.label == again.label).all())
+        True
+        >>> other = sample_batch(training, jax.random.key(0), jnp.int32(8), 8)
+        >>> bool((first.label == other.label).all())
+        False
+    """
+    indices = jax.random.randint(
+        jax.random.fold_in(key, step), (batch_size,), 0, len(training.label)
+    )
+    return jax.tree.map(lambda array: array[indices], training)
+
+
+def evaluated_training_examples(training: Examples) -> Examples:
+    """The training examples on which the training loss is measured."""
+    return jax.tree.map(lambda array: array[:TRAINING_IMAGES_EVALUATED], training)

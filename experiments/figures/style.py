@@ -1,0 +1,78 @@
+"""How all figures look: one colour per method, everywhere the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, which people with any common colour vision can tell apart.
+# The hue says whether the magnitude is kept (blue, green) or only the sign (orange,
+# vermilion); line styles repeat it for print in grey.
+_COLORS = {
+    "m_sgd": "#0072B2",
+    "m_svag": "#009E73",
+    "m_ssd": "#E69F00",
+    "adam": "#D55E00",
+    "adam_star": "#CC79A7",
+    "m_svag_mb": "#56B4E9",
+    "adam_star_mb": "#000000",
+    "sgd": "#0072B2",
+    "ssd": "#E69F00",
+    "svag": "#009E73",
+}
+_OTHER_COLOR = "#777777"
+
+# Inches; a README shows about 900 pixels, a column of text is as wide.
+WIDTH = 7.2
+_RESOLUTION = 160
+
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#666666",
+    "ytick.color": "#666666",
+    "xtick.labelcolor": "#222222",
+    "ytick.labelcolor": "#222222",
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def color(method: str) -> str:
+    """Colour of a method, by its name on the command line."""
+    return _COLORS.get(method, _OTHER_COLOR)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures that are drawn inside look like one family."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure as PNG.
+
+    Args:
+      figure: A figure made without pyplot, so that nothing needs to be closed.
+      path: Where to; missing directories are made.
+
+    Returns:
+      The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_RESOLUTION)
+    return path

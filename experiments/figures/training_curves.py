@@ -1,0 +1,65 @@
+"""Figure 3: training and test loss over steps, one column per problem."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures.style import WIDTH, color, save, style
+from experiments.records import Record
+from experiments.tuning import Outcome
+
+
+def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the quantity per run and step; NaN after a run diverged."""
+    longest = max(records, key=lambda record: len(record.evaluations))
+    steps = np.array([line.step for line in longest.evaluations])
+    values = np.full((len(records), len(steps)), np.nan)
+    for row, record in zip(values, records, strict=True):
+        row[: len(record.evaluations)] = [
+            getattr(line, quantity) for line in record.evaluations
+        ]
+    return steps, values
+
+
+def _draw_band(axes: Axes, outcome: Outcome, quantity: str) -> None:
+    """Mean of one method, shaded by one standard deviation."""
+    steps, values = _curves(outcome.replications, quantity)
+    mean = values.mean(axis=0)
+    shade = color(outcome.method.name)
+    axes.plot(steps, mean, color=shade, label=outcome.method.label)
+    if len(values) > 1:
+        std = values.std(axis=0, ddof=1)
+        axes.fill_between(
+            steps, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0
+        )
+
+
+def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
+    """Draws the figure.
+
+    Args:
+      columns: By the problem's title, the outcomes of its methods.
+      path: Where to write it.
+
+    Returns:
+      The path.
+    """
+    with style():
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
+        for column, (title, outcomes) in enumerate(columns.items()):
+            for row, quantity in enumerate(("training_loss", "test_loss")):
+                for outcome in outcomes.values():
+                    _draw_band(axes[row, column], outcome, quantity)
+                axes[row, column].set_yscale("log")
+            axes[0, column].set_title(title)
+            axes[1, column].set_xlabel("step")
+        axes[0, 0].set_ylabel("training loss")
+        axes[1, 0].set_ylabel("test loss")
+        figure.align_ylabels()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        return save(figure, path)

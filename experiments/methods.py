@@ -1,0 +1,92 @@
+"""The methods that are compared: optimizers by name, with their label in the paper."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import optax
+
+import dissect_optax
+from experiments.errors import UserError, unknown_name
+
+OptimizerFactory = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An optimizer with the settings of §A.2: all but the step size.
+
+    Attributes:
+        name: Public name in `dissect_optax`, or the path of an Optax optimizer.
+        label: Name in figures and tables.
+        factory: From a learning rate to the optimizer.
+        first_guess: Step size where the search for the largest stable one begins. It
+            costs time when it is far off; it does not change what is found.
+        needs_variance: Whether the optimizer asks for the mini-batch's variance.
+    """
+
+    name: str
+    label: str
+    factory: OptimizerFactory
+    first_guess: float = 1.0
+    needs_variance: bool = False
+
+
+# M-SGD steps along the sum of about ten gradients, M-SVAG along their average, hence
+# ten times larger step sizes. A step of the sign methods is a change of every weight.
+_PAPER_METHODS = (
+    Method("m_sgd", "M-SGD", dissect_optax.m_sgd, 6.0),
+    Method("m_ssd", "M-SSD", dissect_optax.m_ssd, 0.3),
+    Method("m_svag", "M-SVAG", dissect_optax.m_svag, 60.0),
+    Method("adam", "ADAM", dissect_optax.adam, 1.0),
+    Method("sgd", "SGD", dissect_optax.sgd, 1.0),
+    Method("ssd", "SSD", dissect_optax.ssd, 0.1),
+    Method("svag", "SVAG", dissect_optax.svag, 1.0),
+    Method("adam_star", "ADAM*", dissect_optax.adam_star, 0.1),
+    Method("m_svag_mb", "M-SVAG-mb", dissect_optax.m_svag_mb, 6.0, True),
+    Method("adam_star_mb", "ADAM*-mb", dissect_optax.adam_star_mb, 0.1, True),
+)
+METHODS = {method.name: method for method in _PAPER_METHODS}
+
+# Table 1 of the paper, with momentum.
+FOUR_METHODS = ("m_sgd", "m_ssd", "m_svag", "adam")
+
+
+def get_method(name: str) -> Method:
+    """The method of this name.
+
+    Args:
+        name: A named optimizer of this library (`m_svag`), or the path of any Optax
+            optimizer whose first argument is the learning rate (`optax.adamw`).
+
+    Returns:
+        The method.
+
+    Raises:
+        UserError: There is none of this name.
+
+    Examples:
+        >>> get_method("m_svag").label
+        'M-SVAG'
+        >>> get_method("optax.adamw").label
+        'optax.adamw'
+        >>> get_method("msvag")
+        Traceback (most recent call last):
+        experiments.errors.UserError: There is no optimizer 'msvag'. Did you mean 'm_svag'? ...
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not name.startswith("optax."):
+        raise UserError(
+            unknown_name("optimizer", name, METHODS)
+            + " An Optax optimizer is named by its path, such as 'optax.adamw'."
+        )
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError):
+        raise UserError(
+            f"Optax has no '{name}'. Expected the path of an optimizer, such as"
+            " 'optax.adamw' or 'optax.contrib.muon'."
+        ) from None
+    return Method(name, name, factory, 0.1)

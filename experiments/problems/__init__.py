@@ -1,0 +1,33 @@
+"""The test problems, one file each."""
+
+import importlib
+
+from experiments.errors import UserError, unknown_name
+from experiments.problems.problem import Problem, Settings
+
+__all__ = ["PROBLEMS", "Problem", "Settings", "get_problem"]
+
+# In the order of tables and figures. A problem is imported when it is asked for, so
+# that none needs the data libraries of another.
+PROBLEMS = ("digits",)
+
+
+def get_problem(name: str) -> Problem:
+    """The problem of this name, from the file of the same name in this folder.
+
+    Args:
+        name: One of `PROBLEMS`.
+
+    Returns:
+        The problem.
+
+    Raises:
+        UserError: There is none of this name.
+
+    Examples:
+        >>> get_problem("digits").title
+        'Digits'
+    """
+    if name not in PROBLEMS:
+        raise UserError(unknown_name("problem", name, PROBLEMS))
+    return importlib.import_module(f"experiments.problems.{name}").PROBLEM

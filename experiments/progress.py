@@ -1,0 +1,97 @@
+"""What the user sees while runs work: bars on a terminal, single lines elsewhere."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from experiments.records import Measurement
+
+
+class Monitor:
+    """Progress of one group of runs after the other.
+
+    Args:
+        console: Where it is shown; the default is standard error, so that tables can
+            be piped.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    def say(self, sentence: str) -> None:
+        """Shows a line of its own."""
+        self.console.print(sentence, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def group(
+        self, title: str, steps: int, first_step: int = 0
+    ) -> Iterator["GroupReport"]:
+        """Shows the progress of one group.
+
+        Args:
+          title: What runs.
+          steps: Number of steps in all.
+          first_step: Steps taken already, by an earlier process.
+
+        Yields:
+          The function to call after every evaluation.
+        """
+        start = time.perf_counter()
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps, {task.fields[rate]} a second,"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=self.console,
+            transient=True,
+            # A file or a pipe gets the closing line only.
+            disable=not self.console.is_terminal,
+        )
+        with bar:
+            report = GroupReport(bar, title, steps, first_step)
+            yield report
+        seconds = time.perf_counter() - start
+        self.say(f"{title}: {seconds:.1f} s, {report.news}")
+
+
+class GroupReport:
+    """Takes the news of one group to its bar."""
+
+    def __init__(self, bar: Progress, title: str, steps: int, first_step: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task(
+            title, total=steps, completed=first_step, rate="…", news=""
+        )
+        self._first_step = first_step
+        self._start = time.perf_counter()
+        self.news = ""
+
+    def __call__(self, step: int, newest: Sequence[Measurement]) -> None:
+        """Shows how far the group is.
+
+        Args:
+          step: Steps taken.
+          newest: The last measurement of every run.
+        """
+        alive = [line for line in newest if math.isfinite(line.training_loss)]
+        self.news = f"{len(newest)} runs, {len(newest) - len(alive)} diverged"
+        if alive:
+            loss = min(line.training_loss for line in alive)
+            accuracy = max(line.test_accuracy for line in alive)
+            self.news += f", best loss {loss:.3g}, best accuracy {accuracy:.1%}"
+        rate = (step - self._first_step) / (time.perf_counter() - self._start)
+        self._bar.update(
+            self._task, completed=step, rate=f"{rate:,.0f}", news=self.news
+        )

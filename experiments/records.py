@@ -1,0 +1,282 @@
+"""Records: one directory per finished run, written once and read by everything else.
+
+    runs/digits/m_svag/rate0.3_seed1_1f0c2a9b/
+        config.json         what was asked for
+        environment.json    what it ran on, when, by which command
+        evaluations.jsonl   one line per evaluation; null is a number that is not finite
+
+A record appears under its name when it is complete, never before, so a directory that
+exists is a finished run and is not run again. The name ends with a digest of
+`config.json`: other settings are another record.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+
+from experiments.errors import UserError
+from experiments.problems.problem import Settings
+
+_PACKAGES = ("dissect-optax", "jax", "jaxlib", "optax", "flax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What determines a run.
+
+    Attributes:
+        problem: Name of the test problem.
+        network: Its network in a few words.
+        optimizer: Name of the method.
+        learning_rate: The tuned step size.
+        seed: Seed of initial parameters, mini-batches and noise.
+        settings: Steps, batch size, L2, evaluations.
+    """
+
+    problem: str
+    network: str
+    optimizer: str
+    learning_rate: float
+    seed: int
+    settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One line of `evaluations.jsonl`.
+
+    A loss includes the L2 penalty, a cross-entropy does not. A value that was not
+    finite is NaN here and null in the file. Seconds count from the group's first step
+    and hold for the whole group, compilation included.
+    """
+
+    step: int
+    training_loss: float
+    training_cross_entropy: float
+    test_loss: float
+    test_cross_entropy: float
+    test_accuracy: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run."""
+
+    config: RunConfig
+    evaluations: tuple[Measurement, ...]
+    environment: dict[str, Any]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run stopped because its loss was no longer finite."""
+        return not math.isfinite(self.evaluations[-1].training_loss)
+
+
+# ---- To and from text -------------------------------------------------------------
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def measurement_to_json(measurement: Measurement) -> dict[str, float | None]:
+    """The measurement as a JSON object."""
+    fields = dataclasses.asdict(measurement)
+    return {name: _number(value) for name, value in fields.items()}
+
+
+def measurement_from_json(fields: dict[str, Any]) -> Measurement:
+    """The inverse of `measurement_to_json`."""
+    return Measurement(
+        **{name: math.nan if value is None else value for name, value in fields.items()}
+    )
+
+
+def config_from_json(fields: dict[str, Any]) -> RunConfig:
+    """The inverse of `dataclasses.asdict`."""
+    return RunConfig(**{**fields, "settings": Settings(**fields["settings"])})
+
+
+def to_text(content: Any) -> str:
+    """JSON that is pleasant to read."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _digest(config: RunConfig) -> str:
+    """Eight hexadecimal digits that change with the configuration."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _version(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """Commit of the source tree, marked when files differ from it."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(
+            describe,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions, command and date of what runs now."""
+    return {
+        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cpu_cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "commit": _git_commit(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+# ---- The directory of records -----------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A file with this text, whole or not at all, also when the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).chmod(0o644)
+    Path(file.name).replace(path)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A file with this text, on the disk before this returns."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The directory that holds all records.
+
+    Attributes:
+        root: The directory; it need not exist yet.
+    """
+
+    root: Path
+
+    def directory(self, config: RunConfig) -> Path:
+        """Where the record of this run is, or would be."""
+        name = f"rate{config.learning_rate:g}_seed{config.seed}_{_digest(config)}"
+        return self.root / config.problem / config.optimizer / name
+
+    def find(self, config: RunConfig) -> Record | None:
+        """The record of this run, if the run is finished."""
+        directory = self.directory(config)
+        return _read_record(directory) if directory.is_dir() else None
+
+    def records(self, problem: str, optimizer: str, settings: Settings) -> list[Record]:
+        """Every finished run of this method on this problem, in order of names."""
+        folder = self.root / problem / optimizer
+        found = [_read_record(path.parent) for path in folder.glob("rate*/config.json")]
+        found.sort(key=lambda record: (record.config.learning_rate, record.config.seed))
+        return [record for record in found if record.config.settings == settings]
+
+    def write(self, record: Record) -> None:
+        """Adds a finished run; does nothing when it is there already."""
+        directory = self.directory(record.config)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".draft-"))
+        draft.chmod(0o755)
+        lines = [json.dumps(measurement_to_json(line)) for line in record.evaluations]
+        _write_whole(draft / "config.json", to_text(dataclasses.asdict(record.config)))
+        _write_whole(draft / "environment.json", to_text(record.environment))
+        _write_whole(draft / "evaluations.jsonl", "\n".join(lines) + "\n")
+        try:
+            draft.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+            shutil.rmtree(draft)
+
+    @contextlib.contextmanager
+    def lock(
+        self, problem: str, optimizer: str, on_wait: Callable[[str], None]
+    ) -> Iterator[None]:
+        """Keeps other processes from running the same method on the same problem.
+
+        Args:
+          problem: Name of the problem.
+          optimizer: Name of the method.
+          on_wait: Told, in a sentence, when another process holds the lock.
+        """
+        folder = self.root / problem / optimizer
+        folder.mkdir(parents=True, exist_ok=True)
+        # The operating system frees the lock of a process that was killed.
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            on_wait(f"Another process works in {folder}; waiting for it to finish.")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _read_record(directory: Path) -> Record:
+    """The record in a directory."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        lines = (directory / "evaluations.jsonl").read_text().splitlines()
+        return Record(
+            config=config_from_json(config),
+            evaluations=tuple(
+                measurement_from_json(json.loads(line)) for line in lines
+            ),
+            environment=json.loads((directory / "environment.json").read_text()),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"The record in {directory} cannot be read ({error}). Expected the three"
+            " files of a finished run; remove the directory to run it again."
+        ) from error

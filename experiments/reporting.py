@@ -1,0 +1,213 @@
+"""What the records say in numbers: the accuracy table and the two effects.
+
+The four methods of Table 1 are {magnitude, sign only} × {not adapted, adapted}, so
+each aspect shows in two comparisons that differ in nothing else. Replications of two
+methods with the same seed share initial parameters and mini-batches, hence an effect
+is the mean of differences between equal seeds, with the confidence interval of
+Student's t.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from scipy import stats
+
+from experiments.records import Record
+from experiments.tuning import Outcome
+
+# Second minus first; names as on the command line.
+SIGN_COMPARISONS = (("m_sgd", "m_ssd"), ("m_svag", "adam"))
+ADAPTATION_COMPARISONS = (("m_sgd", "m_svag"), ("m_ssd", "adam"))
+_CONFIDENCE = 0.95
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (ddof = 1; NaN for a single value).
+
+    Examples:
+        >>> mean_and_std([1.0, 3.0])
+        (2.0, 1.4142135623730951)
+    """
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), std
+
+
+def final_accuracy(record: Record) -> float:
+    """Test accuracy after the last step; NaN for a run that diverged."""
+    return math.nan if record.diverged else record.evaluations[-1].test_accuracy
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """How much accuracy one aspect changes, with everything else equal.
+
+    Attributes:
+        comparison: "M-SSD − M-SGD", say.
+        mean: Mean difference in test accuracy, in percentage points.
+        half_width: Half the 95 % confidence interval, in percentage points.
+        seeds: Number of pairs.
+    """
+
+    comparison: str
+    mean: float
+    half_width: float
+    seeds: int
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the confidence interval holds zero, or there is none."""
+        return not abs(self.mean) > self.half_width
+
+
+def paired_effect(
+    comparison: str, before: Mapping[int, float], after: Mapping[int, float]
+) -> Effect:
+    """The effect between two methods, from the seeds that both have.
+
+    Args:
+      comparison: What is compared.
+      before: Accuracy by seed without the aspect.
+      after: Accuracy by seed with it.
+
+    Returns:
+      The effect, in percentage points.
+
+    Examples:
+        >>> effect = paired_effect("b − a", {1: 0.90, 2: 0.92}, {1: 0.91, 2: 0.93})
+        >>> round(effect.mean, 6), effect.seeds, effect.within_noise
+        (1.0, 2, False)
+    """
+    seeds = sorted(before.keys() & after.keys())
+    differences = [100 * (after[seed] - before[seed]) for seed in seeds]
+    mean, std = mean_and_std(differences)
+    quantile = stats.t.ppf((1 + _CONFIDENCE) / 2, max(len(seeds) - 1, 1))
+    half_width = float(quantile * std / math.sqrt(len(seeds)))
+    return Effect(comparison, mean, half_width, len(seeds))
+
+
+def effects(
+    outcomes: Mapping[str, Outcome], comparisons: Sequence[tuple[str, str]]
+) -> list[Effect]:
+    """The effects of one aspect, for the comparisons whose two methods are there.
+
+    Args:
+      outcomes: Outcomes by the method's name.
+      comparisons: Pairs of names; the second has the aspect.
+
+    Returns:
+      One effect per pair.
+    """
+    found = []
+    for before, after in comparisons:
+        if before in outcomes and after in outcomes:
+            accuracies = [
+                {r.config.seed: final_accuracy(r) for r in outcomes[name].replications}
+                for name in (before, after)
+            ]
+            labels = (outcomes[after].method.label, outcomes[before].method.label)
+            found.append(paired_effect(" − ".join(labels), *accuracies))
+    return found
+
+
+# ---- As text ----------------------------------------------------------------------
+
+
+def percent(mean: float, std: float) -> str:
+    """Mean and deviation as the paper prints them.
+
+    Examples:
+        >>> percent(0.91987, 0.0021)
+        '92.0 ± 0.2 %'
+    """
+    return f"{100 * mean:.1f} ± {100 * std:.1f} %"
+
+
+def accuracy_table(title: str, outcomes: Mapping[str, Outcome]) -> Table:
+    """Test accuracy after the last step, as Markdown.
+
+    Args:
+      title: Title of the problem.
+      outcomes: Outcomes by the method's name.
+
+    Returns:
+      A table for a Rich console.
+    """
+    table = Table(box=box.MARKDOWN)
+    table.add_column("method")
+    for column in (f"test accuracy, {title}", "step size", "largest stable", "seeds"):
+        table.add_column(column, justify="right")
+    for outcome in outcomes.values():
+        accuracies = [final_accuracy(record) for record in outcome.replications]
+        table.add_row(
+            outcome.method.label,
+            percent(*mean_and_std(accuracies)),
+            f"{outcome.tuned.learning_rate:g}",
+            f"{outcome.tuned.largest_stable:g}",
+            str(len(accuracies)),
+        )
+    return table
+
+
+def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
+    """The effects of one aspect, as Markdown.
+
+    Args:
+      aspect: "the sign", say.
+      found: Its effects.
+
+    Returns:
+      A table for a Rich console.
+    """
+    table = Table(box=box.MARKDOWN)
+    table.add_column(f"what {aspect} changes")
+    table.add_column("test accuracy, percentage points", justify="right")
+    table.add_column("")
+    for effect in found:
+        table.add_row(
+            effect.comparison,
+            f"{effect.mean:+.2f} ± {effect.half_width:.2f}",
+            "within noise" if effect.within_noise else "beyond noise",
+        )
+    return table
+
+
+def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The outcome of a problem with its provenance, small enough to be committed.
+
+    Args:
+      outcomes: Outcomes by the method's name; not empty.
+
+    Returns:
+      A tree that JSON can hold.
+    """
+    methods = {}
+    for name, outcome in outcomes.items():
+        mean, std = mean_and_std([final_accuracy(r) for r in outcome.replications])
+        methods[name] = {
+            "test_accuracy_mean": mean,
+            "test_accuracy_std": std,
+            "test_accuracies": [final_accuracy(r) for r in outcome.replications],
+            "seeds": [r.config.seed for r in outcome.replications],
+            "step_size": outcome.tuned.learning_rate,
+            "largest_stable_step_size": outcome.tuned.largest_stable,
+        }
+    first = next(iter(outcomes.values())).replications[0]
+    return {
+        "problem": first.config.problem,
+        "network": first.config.network,
+        "settings": dataclasses.asdict(first.config.settings),
+        "methods": methods,
+        "effects_of_the_sign": [
+            dataclasses.asdict(effect) for effect in effects(outcomes, SIGN_COMPARISONS)
+        ],
+        "effects_of_variance_adaptation": [
+            dataclasses.asdict(effect)
+            for effect in effects(outcomes, ADAPTATION_COMPARISONS)
+        ],
+        "environment": first.environment,
+    }

@@ -1,0 +1,355 @@
+"""The training loop of every problem: vmapped over runs, scanned over steps, jitted.
+
+A group of runs of one method differs in step size and seed only and is one program.
+`advance` takes the group some steps on, `evaluate` measures it; between the two lie
+progress and checkpoints. What a run needs to go on is its `TrainState`, one tree of
+arrays; everything random in it follows from the seed and the number of the step, so a
+run that is resumed, or that has other neighbours in its group, is the same run.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.data import (
+    Dataset,
+    Examples,
+    evaluated_training_examples,
+    sample_batch,
+)
+from experiments.methods import Method
+from experiments.problems.problem import Problem, Settings
+
+# Bounds the memory of an evaluation.
+_EXAMPLES_EVALUATED_AT_ONCE = 2000
+
+
+class Member(NamedTuple):
+    """What tells the runs of a group apart; both arrays are `[members]` in a group."""
+
+    learning_rate: jax.Array  # float32
+    seed: jax.Array  # uint32
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on; leaves are `[members, ...]` in a group."""
+
+    step: jax.Array  # int32, the number of steps taken
+    params: nnx.State
+    optimizer_state: optax.OptState
+
+
+class Evaluation(NamedTuple):
+    """One evaluation; arrays are `[members]` in a group.
+
+    A loss is the mean cross-entropy plus the L2 penalty. It is measured without
+    dropout and augmentation, over the whole test set.
+    """
+
+    training_loss: jax.Array
+    training_cross_entropy: jax.Array
+    test_loss: jax.Array
+    test_cross_entropy: jax.Array
+    test_accuracy: jax.Array
+    learning_rate: jax.Array
+
+
+class _Input(NamedTuple):
+    """One example as the network sees it in a training step."""
+
+    values: jax.Array
+    label: jax.Array
+    dropout_key: jax.Array
+
+
+class _Keys(NamedTuple):
+    """The independent random streams of a run."""
+
+    parameters: jax.Array
+    data: jax.Array
+    noise: jax.Array
+
+
+def _keys(seed: jax.Array) -> _Keys:
+    """The streams that belong to a seed."""
+    return _Keys(*jax.random.split(jax.random.key(seed), 3))
+
+
+# ---- One run ----------------------------------------------------------------------
+
+
+def _network(problem: Problem, key: jax.Array) -> nnx.Module:
+    """A freshly initialised network."""
+    return problem.network(nnx.Rngs(key))
+
+
+@functools.cache
+def _network_structure(problem: Problem) -> nnx.GraphDef:
+    """The network without its parameters."""
+    build = functools.partial(_network, problem)
+    structure, _ = nnx.split(nnx.eval_shape(build, jax.random.key(0)), nnx.Param)
+    return structure
+
+
+def _logits(
+    problem: Problem,
+    params: nnx.State,
+    inputs: jax.Array,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """What the network says."""
+    return nnx.merge(_network_structure(problem), params)(inputs, dropout_key)
+
+
+def l2_penalty(params: Any, strength: float) -> jax.Array:
+    """½λ‖w‖² over the weights, which are called `kernel`; biases are free."""
+    squares = [
+        jnp.sum(jnp.square(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if "kernel" in jax.tree_util.keystr(path)
+    ]
+    return 0.5 * strength * sum(squares, start=jnp.zeros(()))
+
+
+def _optimizer(
+    problem: Problem, method: Method, learning_rate: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+    """The method at this step size, on the problem's schedule."""
+    return optax.with_extra_args_support(
+        method.factory(problem.schedule(learning_rate))
+    )
+
+
+def _initial_params(problem: Problem, seed: jax.Array) -> nnx.State:
+    """Parameters before the first step; they depend on the seed alone."""
+    return nnx.state(_network(problem, _keys(seed).parameters), nnx.Param)
+
+
+def _initial_state(
+    problem: Problem, method: Method, member: Member, params: nnx.State
+) -> TrainState:
+    """A run before its first step."""
+    optimizer = _optimizer(problem, method, member.learning_rate)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def _example_loss(problem: Problem, params: nnx.State, example: _Input) -> jax.Array:
+    """Cross-entropy of one example."""
+    logits = _logits(problem, params, example.values, example.dropout_key)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.label)
+
+
+def _batch_loss(problem: Problem, params: nnx.State, batch: _Input) -> jax.Array:
+    """Mean cross-entropy of a mini-batch."""
+    loss = functools.partial(_example_loss, problem, params)
+    return jnp.mean(jax.vmap(loss)(batch))
+
+
+def _gradient(
+    problem: Problem, method: Method, params: nnx.State, batch: _Input
+) -> tuple[nnx.State, dict[str, nnx.State]]:
+    """Gradient of the mean cross-entropy, and what else the optimizer asks for."""
+    del method
+    gradient = jax.grad(functools.partial(_batch_loss, problem))(params, batch)
+    return gradient, {}
+
+
+def _train_step(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    dataset: Dataset,
+    member: Member,
+    state: TrainState,
+) -> TrainState:
+    """One step of one run."""
+    keys = _keys(member.seed)
+    batch = sample_batch(dataset.training, keys.data, state.step, settings.batch_size)
+    noise_key = jax.random.fold_in(keys.noise, state.step)
+    augmentation_keys, dropout_keys = jax.random.split(
+        noise_key, (2, settings.batch_size)
+    )
+    inputs = jax.vmap(problem.training_input)(batch.image, augmentation_keys)
+    gradient, extra_args = _gradient(
+        problem, method, state.params, _Input(inputs, batch.label, dropout_keys)
+    )
+    # The penalty is no random variable: it moves the gradient, not its variance.
+    gradient = jax.tree.map(
+        jnp.add, gradient, jax.grad(l2_penalty)(state.params, settings.l2)
+    )
+    optimizer = _optimizer(problem, method, member.learning_rate)
+    updates, optimizer_state = optimizer.update(
+        gradient, state.optimizer_state, state.params, **extra_args
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, optimizer_state)
+
+
+def _scan_body(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    dataset: Dataset,
+    member: Member,
+    state: TrainState,
+    _: None,
+) -> tuple[TrainState, None]:
+    """One step in the form that `jax.lax.scan` expects."""
+    return _train_step(problem, method, settings, dataset, member, state), None
+
+
+def _advance(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    steps: int,
+    dataset: Dataset,
+    member: Member,
+    state: TrainState,
+) -> TrainState:
+    """Some steps of one run."""
+    body = functools.partial(_scan_body, problem, method, settings, dataset, member)
+    state, _ = jax.lax.scan(body, state, None, length=steps)
+    return state
+
+
+def _measure(
+    problem: Problem, params: nnx.State, example: Examples
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of one example, and whether it is recognised."""
+    logits = _logits(problem, params, problem.test_input(jnp.asarray(example.image)))
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.label)
+    return loss, jnp.argmax(logits) == example.label
+
+
+def _measure_all(
+    problem: Problem, params: nnx.State, examples: Examples
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy and accuracy over every example."""
+    loss, correct = jax.lax.map(
+        functools.partial(_measure, problem, params),
+        examples,
+        batch_size=min(_EXAMPLES_EVALUATED_AT_ONCE, len(examples.label)),
+    )
+    return jnp.mean(loss), jnp.mean(correct)
+
+
+def _evaluate(
+    problem: Problem,
+    settings: Settings,
+    dataset: Dataset,
+    member: Member,
+    step: jax.Array,
+    params: nnx.State,
+) -> Evaluation:
+    """One evaluation of one run."""
+    training = evaluated_training_examples(dataset.training)
+    training_cross_entropy, _ = _measure_all(problem, params, training)
+    test_cross_entropy, test_accuracy = _measure_all(problem, params, dataset.test)
+    penalty = l2_penalty(params, settings.l2)
+    learning_rate = problem.schedule(member.learning_rate)
+    return Evaluation(
+        training_loss=training_cross_entropy + penalty,
+        training_cross_entropy=training_cross_entropy,
+        test_loss=test_cross_entropy + penalty,
+        test_cross_entropy=test_cross_entropy,
+        test_accuracy=test_accuracy,
+        learning_rate=jnp.asarray(
+            learning_rate(step) if callable(learning_rate) else learning_rate
+        ),
+    )
+
+
+# ---- A group of runs: one compiled program each -----------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("problem",))
+def _initialise_params(problem: Problem, seeds: jax.Array) -> nnx.State:
+    """Parameters of the group; slow to compile, hence the same for every method."""
+    return jax.vmap(functools.partial(_initial_params, problem))(seeds)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "method"))
+def _initialise_optimizer(
+    problem: Problem, method: Method, members: Member, params: nnx.State
+) -> TrainState:
+    """The group before its first step, from its parameters."""
+    initialise_one = functools.partial(_initial_state, problem, method)
+    return jax.vmap(initialise_one)(members, params)
+
+
+def initialise(problem: Problem, method: Method, members: Member) -> TrainState:
+    """The group before its first step.
+
+    Args:
+      problem: The test problem.
+      method: The optimizer of every member.
+      members: Step sizes and seeds, each `[members]`.
+
+    Returns:
+      The state of the group.
+    """
+    params = _initialise_params(problem, members.seed)
+    return _initialise_optimizer(problem, method, members, params)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("problem", "method", "settings", "steps"),
+    donate_argnames=("state",),
+)
+def advance(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    steps: int,
+    dataset: Dataset,
+    members: Member,
+    state: TrainState,
+) -> TrainState:
+    """The group after some more steps.
+
+    Args:
+      problem: The test problem.
+      method: The optimizer of every member.
+      settings: Batch size and L2 strength.
+      steps: Number of steps to take.
+      dataset: The data, on the device.
+      members: Step sizes and seeds, each `[members]`.
+      state: State of the group; its buffers are given away and reused.
+
+    Returns:
+      The new state. A member that diverges does not touch the others.
+    """
+    take_steps = functools.partial(_advance, problem, method, settings, steps, dataset)
+    return jax.vmap(take_steps)(members, state)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "settings"))
+def evaluate(
+    problem: Problem,
+    settings: Settings,
+    dataset: Dataset,
+    members: Member,
+    step: jax.Array,
+    params: nnx.State,
+) -> Evaluation:
+    """Losses and accuracy of every member.
+
+    Args:
+      problem: The test problem.
+      settings: L2 strength.
+      dataset: The data, on the device.
+      members: Step sizes and seeds, each `[members]`.
+      step: Steps taken, `[members]`.
+      params: Parameters of the group.
+
+    Returns:
+      The evaluation.
+    """
+    measure = functools.partial(_evaluate, problem, settings, dataset)
+    return jax.vmap(measure)(members, step, params)

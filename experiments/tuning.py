@@ -1,0 +1,263 @@
+"""Tuning by §A.2: the largest stable step size, then two decades below it.
+
+The grid is 6, 3, 1 · 10^m. A step size is stable when the training loss of its run
+stays finite and ends below where it began. Of the largest stable one and those up to
+a hundred times smaller, the one with the best maximal test accuracy wins, as in the
+paper: the choice sees the test set. Tuning runs have a seed of their own, so that the
+replications are not the runs that won.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.errors import UserError
+from experiments.methods import Method
+from experiments.records import Record
+from experiments.running import Session, complete
+
+TUNING_SEED = 0
+# The ten replications have the seeds 1 to 10.
+FIRST_REPLICATION_SEED = 1
+
+# A grid point is an integer: 3m, 3m + 1, 3m + 2 are 1, 3, 6 · 10^m.
+_DIGITS = (1, 3, 6)
+_POINTS_PER_DECADE = len(_DIGITS)
+_SMALLEST, _LARGEST = -10 * _POINTS_PER_DECADE, 6 * _POINTS_PER_DECADE
+# The first group spans three decades; it usually holds all that tuning needs.
+_FIRST_GROUP = 3 * _POINTS_PER_DECADE + 1
+
+
+def step_size(point: int) -> float:
+    """The step size at a grid point.
+
+    Examples:
+        >>> [step_size(point) for point in (-2, -1, 0, 1, 2, 3)]
+        [0.3, 0.6, 1.0, 3.0, 6.0, 10.0]
+    """
+    decade, digit = divmod(point, _POINTS_PER_DECADE)
+    # By way of text, since 3 · 0.1 is not 0.3.
+    return float(f"{_DIGITS[digit]}e{decade}")
+
+
+def grid_point(size: float) -> int:
+    """The grid point nearest to a step size on a logarithmic scale.
+
+    Examples:
+        >>> grid_point(0.3)
+        -2
+        >>> grid_point(5.0) == grid_point(6.0)
+        True
+    """
+    guess = math.floor(_POINTS_PER_DECADE * math.log10(size))
+    return min(
+        range(guess - 2, guess + 4),
+        key=lambda point: abs(math.log(step_size(point) / size)),
+    )
+
+
+def is_stable(record: Record) -> bool:
+    """Whether the training loss stayed finite and ended below where it began."""
+    losses = [line.training_loss for line in record.evaluations]
+    return all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def missing_points(stable: Mapping[int, bool], first_guess: int) -> list[int]:
+    """The grid points to run next.
+
+    Args:
+      stable: For every point that was run, whether it is stable.
+      first_guess: The largest point of the first group.
+
+    Returns:
+      Points to run, in ascending order; none when tuning is complete.
+
+    Raises:
+      UserError: Everything, or nothing, is stable as far as the grid goes.
+
+    Examples:
+        >>> missing_points({}, first_guess=2)
+        [-7, -6, -5, -4, -3, -2, -1, 0, 1, 2]
+        >>> missing_points({point: point < 1 for point in range(-7, 3)}, 2)
+        []
+    """
+    if not stable:
+        return list(range(first_guess - _FIRST_GROUP + 1, first_guess + 1))
+    if not any(stable.values()):
+        lowest = min(stable)
+        if lowest <= _SMALLEST:
+            raise UserError(
+                "No step size is stable: at every one down to"
+                f" {step_size(lowest):g} the loss diverged or ended above where it"
+                " began. Is the gradient right, and are the data what they should be?"
+            )
+        return list(range(lowest - _FIRST_GROUP, lowest))
+    largest = max(point for point, is_ok in stable.items() if is_ok)
+    if largest >= _LARGEST:
+        raise UserError(
+            f"Every step size up to {step_size(largest):g} is stable, so none is the"
+            " largest. Does the optimizer use its learning rate?"
+        )
+    if largest + 1 not in stable:
+        return list(range(largest + 1, largest + 1 + _POINTS_PER_DECADE))
+    return [point for point in _two_decades(largest) if point not in stable]
+
+
+def _two_decades(largest: int) -> range:
+    """The points from a hundredth of the largest stable step size up to it."""
+    return range(largest - 2 * _POINTS_PER_DECADE, largest + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The outcome of tuning one method.
+
+    Attributes:
+        learning_rate: The step size that won.
+        largest_stable: The largest stable step size.
+        candidates: The runs that the choice was made from, by ascending step size.
+    """
+
+    learning_rate: float
+    largest_stable: float
+    candidates: tuple[Record, ...]
+
+
+def best_accuracy(record: Record) -> float:
+    """The highest test accuracy in the course of a run."""
+    return max(line.test_accuracy for line in record.evaluations)
+
+
+def _merit(record: Record) -> tuple[float, float]:
+    """Maximal test accuracy; among equals the lowest test loss decides."""
+    return best_accuracy(record), -min(line.test_loss for line in record.evaluations)
+
+
+def select(records: Sequence[Record]) -> Tuned:
+    """The winner among complete tuning runs.
+
+    Args:
+      records: Tuning runs of one method; `missing_points` has nothing to add.
+
+    Returns:
+      The winner, chosen among stable runs.
+    """
+    by_point = {grid_point(r.config.learning_rate): r for r in records}
+    stable = {point for point, record in by_point.items() if is_stable(record)}
+    candidates = [
+        by_point[point] for point in _two_decades(max(stable)) if point in stable
+    ]
+    winner = max(candidates, key=_merit)
+    return Tuned(winner.config.learning_rate, step_size(max(stable)), tuple(candidates))
+
+
+# ---- On records and runs ----------------------------------------------------------
+
+
+def _tuning_records(session: Session, method: Method) -> dict[int, Record]:
+    """The tuning runs that are finished, by grid point."""
+    records = session.store.records(session.problem.name, method.name, session.settings)
+    found = {}
+    for record in records:
+        size = record.config.learning_rate
+        # Runs off the grid were trained by hand.
+        if record.config.seed == TUNING_SEED and size == step_size(grid_point(size)):
+            found[grid_point(size)] = record
+    return found
+
+
+def _still_missing(method: Method, records: Mapping[int, Record]) -> list[int]:
+    """The grid points that tuning still needs."""
+    stable = {point: is_stable(record) for point, record in records.items()}
+    return missing_points(stable, grid_point(method.first_guess))
+
+
+def tune(session: Session, method: Method) -> Tuned:
+    """Runs what tuning needs and is not there yet.
+
+    Args:
+      session: Problem, settings, store and monitor.
+      method: The method to tune.
+
+    Returns:
+      The step size that won, and what it won against.
+    """
+    records = _tuning_records(session, method)
+    while points := _still_missing(method, records):
+        configs = [
+            session.config(method, step_size(point), TUNING_SEED) for point in points
+        ]
+        complete(session, method, f"{method.label}, tuning", configs)
+        records = _tuning_records(session, method)
+    return select(list(records.values()))
+
+
+def replicate(
+    session: Session, method: Method, learning_rate: float, seeds: int
+) -> list[Record]:
+    """The replications at the tuned step size; missing ones are run.
+
+    Args:
+      session: Problem, settings, store and monitor.
+      method: The method.
+      learning_rate: The tuned step size.
+      seeds: Number of replications.
+
+    Returns:
+      Their records, in order of their seeds.
+    """
+    configs = [
+        session.config(method, learning_rate, FIRST_REPLICATION_SEED + index)
+        for index in range(seeds)
+    ]
+    return complete(session, method, f"{method.label}, seeds", configs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """All that the protocol says about one method.
+
+    Attributes:
+        method: The method.
+        tuned: Its tuning.
+        replications: Runs at the tuned step size that differ in their seed only.
+    """
+
+    method: Method
+    tuned: Tuned
+    replications: tuple[Record, ...]
+
+
+def outcome(session: Session, method: Method) -> Outcome:
+    """The outcome for one method, from records alone.
+
+    Args:
+      session: Problem, settings and store.
+      method: The method.
+
+    Returns:
+      The outcome, with every replication that is finished.
+
+    Raises:
+      UserError: Tuning or replications are missing.
+    """
+    problem = session.problem.name
+    records = _tuning_records(session, method)
+    tuned = None if _still_missing(method, records) else select(list(records.values()))
+    replications = tuple(
+        record
+        for record in session.store.records(problem, method.name, session.settings)
+        if tuned is not None
+        and record.config.learning_rate == tuned.learning_rate
+        and record.config.seed >= FIRST_REPLICATION_SEED
+    )
+    if tuned is None or not replications:
+        smoke = " --smoke" if session.settings == session.problem.smoke else ""
+        raise UserError(
+            f"{session.store.root} holds no complete record of {method.label} on"
+            f" {problem}. Run `python -m experiments reproduce {problem}{smoke}`"
+            f" {'' if session.store.root == Path('runs') else 'with this --runs-dir '}"
+            "first."
+        )
+    return Outcome(method, tuned, replications)
