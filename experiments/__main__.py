@@ -67,8 +67,10 @@ def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -
         if found := reporting.effects(outcomes, comparisons):
             console.print(reporting.effect_table(aspect, found))
     console.print(
-        "Accuracy after the last step, mean ± one standard deviation over seeds."
-        " Effects: mean difference of equal seeds ± half the 95 % confidence interval.",
+        "Test accuracy after the last step, mean ± one standard deviation over seeds.\n"
+        "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
+        " interval; the\nuncertainty of the tuning, which saw one seed and the test set,"
+        " is not in it.",
         highlight=False,
     )
 

@@ -72,7 +72,7 @@ def get_method(name: str) -> Method:
         'optax.adamw'
         >>> get_method("msvag")
         Traceback (most recent call last):
-        experiments.errors.UserError: There is no optimizer 'msvag'. Did you mean 'm_svag'? ...
+        experiments.errors.UserError: There is no optimizer 'msvag'. Did you mean ...
     """
     if name in METHODS:
         return METHODS[name]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
-from scipy import stats
+from scipy.special import stdtrit
 
 from experiments.records import Record
 from experiments.tuning import Outcome
@@ -85,7 +85,7 @@ def paired_effect(
     seeds = sorted(before.keys() & after.keys())
     differences = [100 * (after[seed] - before[seed]) for seed in seeds]
     mean, std = mean_and_std(differences)
-    quantile = stats.t.ppf((1 + _CONFIDENCE) / 2, max(len(seeds) - 1, 1))
+    quantile = stdtrit(max(len(seeds) - 1, 1), (1 + _CONFIDENCE) / 2)
     half_width = float(quantile * std / math.sqrt(len(seeds)))
     return Effect(comparison, mean, half_width, len(seeds))
 
@@ -165,7 +165,7 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
     """
     table = Table(box=box.MARKDOWN)
     table.add_column(f"what {aspect} changes")
-    table.add_column("test accuracy, percentage points", justify="right")
+    table.add_column("percentage points", justify="right")
     table.add_column("")
     for effect in found:
         table.add_row(

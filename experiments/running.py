@@ -95,11 +95,16 @@ def _measurement(
     return Measurement(step=step, seconds=round(seconds, 3), **values)
 
 
-def _members(configs: Sequence[RunConfig]) -> Member:
-    """Step sizes and seeds of a group, on the device."""
+def _members(configs: Sequence[RunConfig], group_size: int) -> Member:
+    """Step sizes and seeds of a group, on the device.
+
+    Empty places are filled by copies of the last run: a group of another size would be
+    another program, and compiling takes longer than the copies do.
+    """
+    padded = [*configs, *[configs[-1]] * (group_size - len(configs))]
     return Member(
-        learning_rate=jnp.array([c.learning_rate for c in configs], jnp.float32),
-        seed=jnp.array([c.seed for c in configs], jnp.uint32),
+        learning_rate=jnp.array([c.learning_rate for c in padded], jnp.float32),
+        seed=jnp.array([c.seed for c in padded], jnp.uint32),
     )
 
 
@@ -124,12 +129,16 @@ def _evaluate(
 
 
 def _run_group(
-    session: Session, method: Method, title: str, configs: Sequence[RunConfig]
+    session: Session,
+    method: Method,
+    title: str,
+    configs: Sequence[RunConfig],
+    group_size: int,
 ) -> None:
     """Trains a group from its first step to its records."""
     dataset = _dataset(session.problem, session.data_dir)
     settings = session.settings
-    members = _members(configs)
+    members = _members(configs, group_size)
     with session.monitor.group(title, settings.steps) as report:
         started = time.perf_counter()
         state = initialise(session.problem, method, members)
@@ -178,6 +187,6 @@ def complete(
         missing = [config for config in configs if store.find(config) is None]
         size = _group_size(session.problem, max(len(missing), 1))
         for first in range(0, len(missing), size):
-            _run_group(session, method, title, missing[first : first + size])
+            _run_group(session, method, title, missing[first : first + size], size)
     found = [store.find(config) for config in configs]
     return [record for record in found if record is not None]

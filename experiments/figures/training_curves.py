@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from experiments.figures.style import WIDTH, color, save, style
 from experiments.records import Record
@@ -37,6 +38,14 @@ def _draw_band(axes: Axes, outcome: Outcome, quantity: str) -> None:
         )
 
 
+def _use_plain_log_scale(axes: Axes) -> None:
+    """A logarithmic axis whose ticks read 0.2, 0.5, 1, 2."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
     """Draws the figure.
 
@@ -54,7 +63,7 @@ def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
             for row, quantity in enumerate(("training_loss", "test_loss")):
                 for outcome in outcomes.values():
                     _draw_band(axes[row, column], outcome, quantity)
-                axes[row, column].set_yscale("log")
+                _use_plain_log_scale(axes[row, column])
             axes[0, column].set_title(title)
             axes[1, column].set_xlabel("step")
         axes[0, 0].set_ylabel("training loss")
