@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from tyro.conf import Positional
 
 from experiments import reporting
 from experiments.errors import UserError, unknown_name
@@ -21,7 +22,6 @@ from experiments.tuning import Outcome, outcome, replicate, tune
 
 _PROGRAM = "python -m experiments"
 _MAIN_JOB = ("reproduce", "digits")
-_Positional = tyro.conf.Positional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -
     console.print(
         "Test accuracy after the last step, mean ± one standard deviation over seeds.\n"
         "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
-        " interval; the\nuncertainty of the tuning, which saw one seed and the test set,"
-        " is not in it.",
+        " interval; the\nuncertainty of the tuning (one seed, by test accuracy) is not"
+        " in it.",
         highlight=False,
     )
 
@@ -79,7 +79,7 @@ def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -
 
 
 def train(
-    problem: _Positional[str],
+    problem: Positional[str],
     *,
     optimizer: str,
     learning_rate: float,
@@ -113,7 +113,7 @@ def train(
 
 
 def tune_step_sizes(
-    problem: _Positional[str],
+    problem: Positional[str],
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     options: _Options = _DEFAULTS,
@@ -136,7 +136,7 @@ def tune_step_sizes(
 
 
 def reproduce(
-    problem: _Positional[str],
+    problem: Positional[str],
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     seeds: int | None = None,
@@ -170,7 +170,7 @@ def reproduce(
 
 
 def table(
-    problem: _Positional[str] = "digits",
+    problem: Positional[str] = "digits",
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     options: _Options = _DEFAULTS,
@@ -188,7 +188,7 @@ def table(
 
 
 def figure(
-    number: _Positional[int],
+    number: Positional[int],
     *,
     problems: tuple[str, ...] = ("digits",),
     options: _Options = _DEFAULTS,

@@ -9,7 +9,6 @@ step 1 000 does not depend on how the run reached step 1 000.
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 # Both losses are averages over this many training images at most (and every test one).
 TRAINING_IMAGES_EVALUATED = 10_000
@@ -18,8 +17,8 @@ TRAINING_IMAGES_EVALUATED = 10_000
 class Examples(NamedTuple):
     """Images with their labels; every array has the same leading axis."""
 
-    image: jax.Array | np.ndarray
-    label: jax.Array | np.ndarray
+    image: jax.Array
+    label: jax.Array
 
 
 class Dataset(NamedTuple):

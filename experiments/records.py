@@ -108,9 +108,10 @@ def measurement_to_json(measurement: Measurement) -> dict[str, float | None]:
 
 def measurement_from_json(fields: dict[str, Any]) -> Measurement:
     """The inverse of `measurement_to_json`."""
-    return Measurement(
-        **{name: math.nan if value is None else value for name, value in fields.items()}
-    )
+    values: dict[str, Any] = {
+        name: math.nan if value is None else value for name, value in fields.items()
+    }
+    return Measurement(**values)
 
 
 def config_from_json(fields: dict[str, Any]) -> RunConfig:

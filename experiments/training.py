@@ -221,7 +221,7 @@ def _measure(
     problem: Problem, params: nnx.State, example: Examples
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of one example, and whether it is recognised."""
-    logits = _logits(problem, params, problem.test_input(jnp.asarray(example.image)))
+    logits = _logits(problem, params, problem.test_input(example.image))
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.label)
     return loss, jnp.argmax(logits) == example.label
 
