@@ -1,6 +1,7 @@
 """The command line: `python -m experiments` dissects Adam on handwritten digits."""
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ class Options:
     """Directory of the records; a finished run is found there and not run again."""
     data_dir: Path | None = None
     """Directory of the data sets; digits needs none."""
+    checkpoint_seconds: float = 30.0
+    """Least time between two checkpoints; what a killed run loses at most."""
     smoke: bool = False
     """Everything within seconds: a few steps, two seeds. Tests the code, not Adam."""
 
@@ -49,6 +52,7 @@ def _session(problem_name: str, options: Options) -> Session:
         store=Store(options.runs_dir),
         monitor=Monitor(),
         data_dir=options.data_dir,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
 
 
@@ -252,6 +256,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")
     ):
         arguments = [*_MAIN_JOB, *arguments]
+    # Orbax tells there about its housekeeping.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
             raise UserError(unknown_name("command", arguments[0], COMMANDS))

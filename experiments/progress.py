@@ -33,18 +33,15 @@ class Monitor:
         self.console.print(sentence, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def group(
-        self, title: str, steps: int, first_step: int = 0
-    ) -> Iterator["GroupReport"]:
+    def group(self, title: str, steps: int) -> Iterator["GroupReport"]:
         """Shows the progress of one group.
 
         Args:
           title: What runs.
           steps: Number of steps in all.
-          first_step: Steps taken already, by an earlier process.
 
         Yields:
-          The function to call after every evaluation.
+          What takes the news.
         """
         start = time.perf_counter()
         bar = Progress(
@@ -60,7 +57,7 @@ class Monitor:
             disable=not self.console.is_terminal,
         )
         with bar:
-            report = GroupReport(bar, title, steps, first_step)
+            report = GroupReport(bar, title, steps)
             yield report
         seconds = time.perf_counter() - start
         self.say(f"{title}: {seconds:.1f} s, {report.news}")
@@ -69,14 +66,18 @@ class Monitor:
 class GroupReport:
     """Takes the news of one group to its bar."""
 
-    def __init__(self, bar: Progress, title: str, steps: int, first_step: int) -> None:
+    def __init__(self, bar: Progress, title: str, steps: int) -> None:
         self._bar = bar
-        self._task = bar.add_task(
-            title, total=steps, completed=first_step, rate="…", news=""
-        )
-        self._first_step = first_step
+        self._task = bar.add_task(title, total=steps, rate="…", news="")
+        self._first_step = 0
         self._start = time.perf_counter()
         self.news = ""
+
+    def begin(self, step: int) -> None:
+        """Starts the clock at this step, where an earlier process stopped or at 0."""
+        self._first_step = step
+        self._start = time.perf_counter()
+        self._bar.update(self._task, completed=step)
 
     def __call__(self, step: int, newest: Sequence[Measurement]) -> None:
         """Shows how far the group is.

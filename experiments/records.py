@@ -32,10 +32,11 @@ from typing import Any
 import filelock
 import jax
 
+import dissect_optax
 from experiments.errors import UserError
 from experiments.problems.problem import Settings
 
-_PACKAGES = ("dissect-optax", "jax", "jaxlib", "optax", "flax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,13 @@ def measurement_from_json(fields: dict[str, Any]) -> Measurement:
     return Measurement(**values)
 
 
+def config_to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as a JSON object."""
+    return dataclasses.asdict(config)
+
+
 def config_from_json(fields: dict[str, Any]) -> RunConfig:
-    """The inverse of `dataclasses.asdict`."""
+    """The inverse of `config_to_json`."""
     return RunConfig(**{**fields, "settings": Settings(**fields["settings"])})
 
 
@@ -124,18 +130,10 @@ def to_text(content: Any) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _digest(config: RunConfig) -> str:
-    """Eight hexadecimal digits that change with the configuration."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+def digest(content: Any) -> str:
+    """Eight hexadecimal digits that change with what JSON makes of the content."""
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _version(package: str) -> str | None:
-    """Version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache
@@ -166,7 +164,8 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "commit": _git_commit(),
-        **{package: _version(package) for package in _PACKAGES},
+        "dissect_optax": dissect_optax.__version__,
+        **{package: importlib.metadata.version(package) for package in _PACKAGES},
     }
 
 
@@ -204,10 +203,15 @@ class Store:
 
     root: Path
 
+    def folder(self, problem: str, optimizer: str) -> Path:
+        """Where everything about one method on one problem is."""
+        return self.root / problem / optimizer
+
     def directory(self, config: RunConfig) -> Path:
         """Where the record of this run is, or would be."""
-        name = f"rate{config.learning_rate:g}_seed{config.seed}_{_digest(config)}"
-        return self.root / config.problem / config.optimizer / name
+        identity = digest(config_to_json(config))
+        name = f"rate{config.learning_rate:g}_seed{config.seed}_{identity}"
+        return self.folder(config.problem, config.optimizer) / name
 
     def find(self, config: RunConfig) -> Record | None:
         """The record of this run, if the run is finished."""
@@ -216,7 +220,7 @@ class Store:
 
     def records(self, problem: str, optimizer: str, settings: Settings) -> list[Record]:
         """Every finished run of this method on this problem, in order of names."""
-        folder = self.root / problem / optimizer
+        folder = self.folder(problem, optimizer)
         found = [_read_record(path.parent) for path in folder.glob("rate*/config.json")]
         found.sort(key=lambda record: (record.config.learning_rate, record.config.seed))
         return [record for record in found if record.config.settings == settings]
@@ -228,7 +232,7 @@ class Store:
         draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".draft-"))
         draft.chmod(0o755)
         lines = [json.dumps(measurement_to_json(line)) for line in record.evaluations]
-        _write_whole(draft / "config.json", to_text(dataclasses.asdict(record.config)))
+        _write_whole(draft / "config.json", to_text(config_to_json(record.config)))
         _write_whole(draft / "environment.json", to_text(record.environment))
         _write_whole(draft / "evaluations.jsonl", "\n".join(lines) + "\n")
         try:
@@ -249,7 +253,7 @@ class Store:
           optimizer: Name of the method.
           on_wait: Told, in a sentence, when another process holds the lock.
         """
-        folder = self.root / problem / optimizer
+        folder = self.folder(problem, optimizer)
         folder.mkdir(parents=True, exist_ok=True)
         # The operating system frees the lock of a process that was killed.
         lock = filelock.FileLock(folder / ".lock")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import checkpoints
+from experiments.checkpoints import Group, GroupProgress
 from experiments.data import Dataset
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
@@ -19,7 +21,6 @@ from experiments.records import Measurement, Record, RunConfig, Store, environme
 from experiments.training import (
     Evaluation,
     Member,
-    TrainState,
     advance,
     evaluate,
     initialise,
@@ -36,6 +37,7 @@ class Session:
         store: Where the records are.
         monitor: Where progress is shown.
         data_dir: Where the data are, None for the usual place.
+        checkpoint_seconds: Least time between two checkpoints of a group.
     """
 
     problem: Problem
@@ -43,6 +45,7 @@ class Session:
     store: Store
     monitor: Monitor
     data_dir: Path | None = None
+    checkpoint_seconds: float = 30.0
 
     def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
@@ -56,29 +59,10 @@ class Session:
         )
 
 
-@dataclasses.dataclass
-class _GroupProgress:
-    """How far a group of runs is: all that is needed to go on with it."""
-
-    state: TrainState
-    step: int
-    seconds: float
-    # One list per member; the list of a diverged member ends where it diverged.
-    evaluations: list[list[Measurement]]
-
-    def alive(self) -> list[int]:
-        """The members that have not diverged."""
-        return [
-            index
-            for index, lines in enumerate(self.evaluations)
-            if not lines or math.isfinite(lines[-1].training_loss)
-        ]
-
-
 @functools.cache
 def _dataset(problem: Problem, data_dir: Path | None) -> Dataset:
     """The data, on the device, loaded once per process."""
-    return jax.device_put(problem.load_data(data_dir))
+    return problem.load_data(data_dir)
 
 
 def _float(value: np.ndarray) -> float:
@@ -95,23 +79,33 @@ def _measurement(
     return Measurement(step=step, seconds=round(seconds, 3), **values)
 
 
-def _members(configs: Sequence[RunConfig], group_size: int) -> Member:
+def _members(group: Group) -> Member:
     """Step sizes and seeds of a group, on the device.
 
     Empty places are filled by copies of the last run: a group of another size would be
     another program, and compiling takes longer than the copies do.
     """
-    padded = [*configs, *[configs[-1]] * (group_size - len(configs))]
+    empty = group.size - len(group.configs)
+    padded = [*group.configs, *[group.configs[-1]] * empty]
     return Member(
         learning_rate=jnp.array([c.learning_rate for c in padded], jnp.float32),
         seed=jnp.array([c.seed for c in padded], jnp.uint32),
     )
 
 
-def _evaluate(
-    session: Session, members: Member, progress: _GroupProgress, started: float
+def _alive(progress: GroupProgress) -> list[int]:
+    """The members that have not diverged."""
+    return [
+        index
+        for index, lines in enumerate(progress.evaluations)
+        if not lines or math.isfinite(lines[-1].training_loss)
+    ]
+
+
+def _add_evaluation(
+    session: Session, members: Member, progress: GroupProgress, started: float
 ) -> None:
-    """Adds an evaluation to every member that has not diverged."""
+    """Measures every member that has not diverged."""
     evaluation = jax.device_get(
         evaluate(
             session.problem,
@@ -122,50 +116,77 @@ def _evaluate(
             progress.state.params,
         )
     )
-    seconds = progress.seconds + time.perf_counter() - started
-    for index in progress.alive():
-        line = _measurement(evaluation, index, progress.step, seconds)
+    progress.seconds = time.perf_counter() - started
+    for index in _alive(progress):
+        line = _measurement(evaluation, index, progress.step, progress.seconds)
         progress.evaluations[index].append(line)
 
 
-def _run_group(
-    session: Session,
-    method: Method,
-    title: str,
-    configs: Sequence[RunConfig],
-    group_size: int,
-) -> None:
-    """Trains a group from its first step to its records."""
-    dataset = _dataset(session.problem, session.data_dir)
+def _begin(
+    session: Session, method: Method, group: Group, members: Member
+) -> GroupProgress:
+    """The group at its last checkpoint, or before its first step."""
+    started = time.perf_counter()
+    state = initialise(session.problem, method, members)
+    resumed = checkpoints.restore(session.store, group, template=state)
+    if resumed is not None:
+        return resumed
+    progress = GroupProgress(state, 0, 0.0, [[] for _ in group.configs])
+    _add_evaluation(session, members, progress, started)
+    return progress
+
+
+def _run_group(session: Session, method: Method, title: str, group: Group) -> None:
+    """Trains a group, from where an earlier process left it, to its records."""
     settings = session.settings
-    members = _members(configs, group_size)
+    members = _members(group)
     with session.monitor.group(title, settings.steps) as report:
-        started = time.perf_counter()
-        state = initialise(session.problem, method, members)
-        progress = _GroupProgress(state, 0, 0.0, [[] for _ in configs])
-        _evaluate(session, members, progress, started)
-        while progress.step < settings.steps and progress.alive():
+        progress = _begin(session, method, group, members)
+        last_save = time.perf_counter()
+        started = last_save - progress.seconds
+        report.begin(progress.step)
+        while progress.step < settings.steps and _alive(progress):
             progress.state = advance(
                 session.problem,
                 method,
                 settings,
                 settings.evaluation_interval,
-                dataset,
+                _dataset(session.problem, session.data_dir),
                 members,
                 progress.state,
             )
             progress.step += settings.evaluation_interval
-            _evaluate(session, members, progress, started)
-            newest = [lines[-1] for lines in progress.evaluations]
-            report(progress.step, newest)
-    for config, lines in zip(configs, progress.evaluations, strict=True):
+            _add_evaluation(session, members, progress, started)
+            report(progress.step, [lines[-1] for lines in progress.evaluations])
+            if time.perf_counter() - last_save >= session.checkpoint_seconds:
+                checkpoints.save(session.store, group, progress)
+                last_save = time.perf_counter()
+    for config, lines in zip(group.configs, progress.evaluations, strict=True):
         session.store.write(Record(config, tuple(lines), environment()))
+    checkpoints.remove(session.store, group)
 
 
-def _group_size(problem: Problem, wanted: int) -> int:
-    """How many runs are trained at a time."""
+def _groups(
+    session: Session, method: Method, missing: Sequence[RunConfig]
+) -> list[Group]:
+    """The missing runs in groups; those that have a checkpoint come first."""
+    left = checkpoints.unfinished_groups(
+        session.store, session.problem.name, method.name
+    )
+    groups = []
+    for group in left:
+        if set(group.configs) & set(missing):
+            groups.append(group)
+        elif all(session.store.find(config) for config in group.configs):
+            # The process died after its last record.
+            checkpoints.remove(session.store, group)
+    resumed = {config for group in groups for config in group.configs}
+    fresh = [config for config in missing if config not in resumed]
     on_cpu = jax.default_backend() == "cpu"
-    return problem.members_on_cpu if on_cpu else wanted
+    size = session.problem.members_on_cpu if on_cpu else max(len(fresh), 1)
+    for first in range(0, len(fresh), size):
+        groups.append(Group(tuple(fresh[first : first + size]), size))
+    return groups
 
 
 def complete(
@@ -185,8 +206,7 @@ def complete(
     store = session.store
     with store.lock(session.problem.name, method.name, session.monitor.say):
         missing = [config for config in configs if store.find(config) is None]
-        size = _group_size(session.problem, max(len(missing), 1))
-        for first in range(0, len(missing), size):
-            _run_group(session, method, title, missing[first : first + size], size)
+        for group in _groups(session, method, missing):
+            _run_group(session, method, title, group)
     found = [store.find(config) for config in configs]
     return [record for record in found if record is not None]

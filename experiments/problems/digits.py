@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -29,13 +30,14 @@ def load_data(data_dir: Path | None) -> Dataset:
     """The fixed split; `data_dir` has no say, the images come with scikit-learn."""
     del data_dir
     images, labels = load_digits(return_X_y=True)
-    training_images, test_images, training_labels, test_labels = train_test_split(
-        jnp.asarray(images, jnp.uint8),
-        jnp.asarray(labels, jnp.int32),
+    split = train_test_split(
+        images.astype(np.uint8),
+        labels.astype(np.int32),
         test_size=500,
         stratify=labels,
         random_state=0,
     )
+    training_images, test_images, training_labels, test_labels = map(jnp.asarray, split)
     return Dataset(
         training=Examples(training_images, training_labels),
         test=Examples(test_images, test_labels),

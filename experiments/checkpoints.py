@@ -1,0 +1,193 @@
+"""Checkpoints of groups that are not finished, so that a killed run loses little.
+
+    runs/digits/m_svag/unfinished/1f0c2a9b/
+        group.json          the runs of the group
+        checkpoints/        the newest states, by Orbax
+
+The state of a group and all it has measured go into one checkpoint, which Orbax makes
+visible when it is complete: a process that is killed while it writes, or that fills
+the disk, leaves the checkpoint before. A group that is resumed is the same program on
+the same arrays, so its records are the same to the last bit (but for the seconds).
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from experiments.errors import UserError
+from experiments.records import (
+    Measurement,
+    RunConfig,
+    Store,
+    config_from_json,
+    config_to_json,
+    digest,
+    measurement_from_json,
+    measurement_to_json,
+    to_text,
+    write_atomically,
+)
+from experiments.training import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs of one method that are trained as one program.
+
+    Attributes:
+        configs: The runs.
+        size: Members of the program; copies of the last run fill empty places.
+    """
+
+    configs: tuple[RunConfig, ...]
+    size: int
+
+
+@dataclasses.dataclass
+class GroupProgress:
+    """How far a group is: all that is needed to go on with it.
+
+    Attributes:
+        state: State of every member.
+        step: Number of steps taken.
+        seconds: Time it took so far, in all processes.
+        evaluations: One list per run; that of a run that diverged ends there.
+    """
+
+    state: TrainState
+    step: int
+    seconds: float
+    evaluations: list[list[Measurement]]
+
+
+def _folder(store: Store, group: Group) -> Path:
+    """Where the checkpoints of a group are."""
+    first = group.configs[0]
+    return (
+        store.folder(first.problem, first.optimizer)
+        / "unfinished"
+        / digest([config_to_json(config) for config in group.configs])
+    )
+
+
+def _write_group(store: Store, group: Group) -> None:
+    """Notes which runs belong to the checkpoints."""
+    configs = [config_to_json(config) for config in group.configs]
+    write_atomically(
+        _folder(store, group) / "group.json",
+        to_text({"size": group.size, "configs": configs}),
+    )
+
+
+def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]:
+    """The groups that an earlier process left.
+
+    Args:
+      store: The directory of records.
+      problem: Name of the problem.
+      optimizer: Name of the method.
+
+    Returns:
+      The groups that have a checkpoint.
+    """
+    folder = store.folder(problem, optimizer) / "unfinished"
+    groups = []
+    for path in sorted(folder.glob("*/group.json")):
+        content = json.loads(path.read_text())
+        configs = tuple(config_from_json(config) for config in content["configs"])
+        groups.append(Group(configs, content["size"]))
+    return groups
+
+
+def save(store: Store, group: Group, progress: GroupProgress) -> None:
+    """Adds a checkpoint and drops the one before.
+
+    Args:
+      store: The directory of records.
+      group: The runs.
+      progress: How far they are.
+    """
+    # Imported late: it takes seconds, and short jobs end before their first checkpoint.
+    import orbax.checkpoint as ocp
+
+    _write_group(store, group)
+    evaluations: Sequence[list[dict[str, float | None]]] = [
+        [measurement_to_json(line) for line in lines] for lines in progress.evaluations
+    ]
+    measured = {"seconds": progress.seconds, "evaluations": evaluations}
+    with ocp.CheckpointManager(
+        (_folder(store, group) / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False
+        ),
+    ) as manager:
+        manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_by_position(progress.state)),
+                measured=ocp.args.JsonSave(measured),
+            ),
+        )
+
+
+def _by_position(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays of a state as a flat tree; what they mean is in the template."""
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def restore(store: Store, group: Group, template: TrainState) -> GroupProgress | None:
+    """The newest checkpoint of a group.
+
+    Args:
+      store: The directory of records.
+      group: The runs.
+      template: A state of this group, before its first step for example.
+
+    Returns:
+      How far the group is, or None without a checkpoint.
+
+    Raises:
+      UserError: There is a checkpoint, and it is not what was written.
+    """
+    folder = _folder(store, group)
+    if not (folder / "checkpoints").is_dir():
+        return None
+    import orbax.checkpoint as ocp  # Imported late, see above.
+
+    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_position(template))
+        try:
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(shapes),
+                    measured=ocp.args.JsonRestore(),
+                ),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"The checkpoint in {folder} cannot be read ({error}). Remove that"
+                " directory to begin these runs again."
+            ) from error
+    leaves = [restored.state[name] for name in sorted(restored.state)]
+    return GroupProgress(
+        state=jax.tree.unflatten(jax.tree.structure(template), leaves),
+        step=step,
+        seconds=restored.measured["seconds"],
+        evaluations=[
+            [measurement_from_json(line) for line in lines]
+            for lines in restored.measured["evaluations"]
+        ],
+    )
+
+
+def remove(store: Store, group: Group) -> None:
+    """Forgets the checkpoints of a group whose records are written."""
+    shutil.rmtree(_folder(store, group), ignore_errors=True)
