@@ -1,0 +1,220 @@
+"""Every command at smoke size, what it says about mistakes, and kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from matplotlib.image import imread
+
+from experiments.__main__ import COMMANDS, main
+from experiments.methods import FOUR_METHODS
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory):
+    """Records of the main job at smoke size."""
+    runs = tmp_path_factory.mktemp("runs")
+    # As in every test, so that nothing is compiled twice.
+    with jax.numpy_rank_promotion("raise"):
+        assert main(["--smoke", "--runs-dir", str(runs)]) == 0
+    return runs
+
+
+def lines_of(directory):
+    """The evaluations in a record directory, less the seconds."""
+    text = (directory / "evaluations.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_main_job_leaves_records_summary_and_figure(smoke_runs):
+    summary = json.loads((smoke_runs / "digits" / "summary_smoke.json").read_text())
+    assert list(summary["methods"]) == list(FOUR_METHODS)
+    for name, method in summary["methods"].items():
+        assert method["seeds"] == [1, 2]
+        (directory,) = smoke_runs.glob(
+            f"digits/{name}/rate{method['step_size']:g}_seed1_*"
+        )
+        evaluations = lines_of(directory)
+        assert [line["step"] for line in evaluations] == [0, 10, 20]
+        assert method["test_accuracies"][0] == evaluations[-1]["test_accuracy"]
+    assert len(summary["effects_of_the_sign"]) == 2
+    assert len(summary["effects_of_variance_adaptation"]) == 2
+    assert summary["environment"]["jax"] == jax.__version__
+    pixels = imread(smoke_runs / "figures" / "figure_3_digits_smoke.png")
+    assert pixels.std() > 0.05
+    assert not list(smoke_runs.glob("digits/*/unfinished/*"))
+
+
+def test_main_job_runs_nothing_twice(smoke_runs, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.running._run_group", pytest.fail)
+    assert main(["--smoke", "--runs-dir", str(smoke_runs)]) == 0
+    printed = capsys.readouterr().out
+    for label in ("M-SGD", "M-SSD", "M-SVAG", "ADAM", "ADAM − M-SVAG"):
+        assert f"| {label} " in printed
+    assert str(smoke_runs / "figures" / "figure_3_digits_smoke.png") in printed
+
+
+def test_table_and_figure_come_from_records(smoke_runs, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.running._run_group", pytest.fail)
+    options = ["--smoke", "--runs-dir", str(smoke_runs)]
+    assert main(["table", *options]) == 0
+    assert "ADAM − M-SSD" in capsys.readouterr().out
+    assert main(["figure", "3", *options]) == 0
+    assert "figure_3_digits_smoke.png" in capsys.readouterr().out
+
+
+def test_tune_says_what_won(smoke_runs, capsys):
+    options = ["--smoke", "--runs-dir", str(smoke_runs)]
+    assert main(["tune", "digits", "--optimizers", "adam", "m_sgd", *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["ADAM", "M-SGD"]
+    assert all("largest stable" in line for line in printed)
+
+
+def test_train_gives_the_curve_of_the_group(smoke_runs, tmp_path, capsys):
+    summary = json.loads((smoke_runs / "digits" / "summary_smoke.json").read_text())
+    rate = summary["methods"]["adam"]["step_size"]
+    command = ["train", "digits", "--optimizer", "adam", "--seed", "2", "--smoke"]
+    command += ["--learning-rate", str(rate), "--runs-dir", str(tmp_path)]
+    assert main(command) == 0
+    name = f"digits/adam/rate{rate:g}_seed2_*"
+    (alone,), (in_group,) = tmp_path.glob(name), smoke_runs.glob(name)
+    assert str(alone) in capsys.readouterr().out
+    for line, other in zip(lines_of(alone), lines_of(in_group), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
+    command = ["train", "digits", "--optimizer", "optax.sgd", "--smoke"]
+    command += ["--learning-rate", "1e30", "--runs-dir", str(tmp_path)]
+    assert main(command) == 0
+    assert "diverged before step 10" in capsys.readouterr().out
+    (record,) = tmp_path.glob("digits/optax.sgd/rate*")
+    assert [line["training_loss"] is None for line in lines_of(record)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command 'trian'. Did you mean 'train'?"),
+        (["tune", "digist"], "no problem 'digist'. Did you mean 'digits'?"),
+        (["table", "digits"], "python -m experiments reproduce digits"),
+        (["figure", "99"], "no command for Figure 99. Known: 3"),
+        (
+            ["train", "digits", "--optimizer", "msvag", "--learning-rate", "1"],
+            "no optimizer 'msvag'. Did you mean 'm_svag'?",
+        ),
+        (
+            ["train", "digits", "--optimizer", "optax.adm", "--learning-rate", "1"],
+            "Optax has no 'optax.adm'",
+        ),
+    ],
+)
+def test_mistake_is_answered_in_a_sentence(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)  # Where there are no records.
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["table", "--smok"])
+    assert stopped.value.code == 2
+    assert "--smoke" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"• {name}" in printed for name in COMMANDS)
+
+
+def test_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.__main__._session", interrupt)
+    assert main(["table"]) == 130
+    assert "the same command goes on: python -m experiments table" in (
+        capsys.readouterr().err
+    )
+
+
+# ---- Kill and resume --------------------------------------------------------------
+
+
+def start_and_kill(command, runs, pattern):
+    """Starts the command, and kills it when a path that matches is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments", *command],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 300
+    while not list(runs.glob(pattern)):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_record(tmp_path, monkeypatch):
+    command = ["train", "digits", "--optimizer", "m_svag", "--learning-rate", "0.3"]
+    reference, runs = tmp_path / "reference", tmp_path / "runs"
+    options = ["--runs-dir", str(runs), "--checkpoint-seconds", "0"]
+    unfinished = "digits/m_svag/unfinished/*/checkpoints"
+    assert main([*command, "--runs-dir", str(reference)]) == 0
+    # Once between two checkpoints, and once while one is written.
+    start_and_kill([*command, *options], runs, f"{unfinished}/40")
+    start_and_kill([*command, *options], runs, f"{unfinished}/2?0*tmp*")
+    assert not list(runs.glob("digits/m_svag/rate*"))
+    (checkpoint,) = runs.glob(f"{unfinished}/[0-9]??")
+    assert int(checkpoint.name) >= 180
+
+    # The rest in this process; it must not begin again.
+    first_steps = []
+    monkeypatch.setattr(
+        "experiments.progress.GroupReport.begin",
+        lambda _, step: first_steps.append(step),
+    )
+    assert main([*command, "--runs-dir", str(runs)]) == 0
+    assert first_steps == [int(checkpoint.name)]
+    (record,), (expected,) = (
+        folder.glob("digits/m_svag/rate*") for folder in (runs, reference)
+    )
+    assert lines_of(record) == lines_of(expected)
+    assert not list(runs.glob("digits/m_svag/unfinished/*"))
+
+
+def test_damaged_checkpoint_is_named(tmp_path, monkeypatch, capsys):
+    command = ["train", "digits", "--optimizer", "m_svag", "--learning-rate", "0.3"]
+    command += ["--smoke", "--checkpoint-seconds", "0", "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr("experiments.checkpoints.remove", lambda *_: None)
+    assert main(command) == 0
+    (record,) = tmp_path.glob("digits/m_svag/rate*")
+    for file in record.iterdir():
+        file.unlink()
+    record.rmdir()
+    (checkpoint,) = tmp_path.glob("digits/m_svag/unfinished/*/checkpoints/20")
+    for file in checkpoint.rglob("manifest.ocdbt"):
+        os.truncate(file, 3)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "Remove that directory to begin these runs again" in capsys.readouterr().err
