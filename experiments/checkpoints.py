@@ -39,8 +39,8 @@ class Group:
     """Runs of one method that are trained as one program.
 
     Attributes:
-        configs: The runs.
-        size: Members of the program; copies of the last run fill empty places.
+      configs: The runs.
+      size: Members of the program; copies of the last run fill empty places.
     """
 
     configs: tuple[RunConfig, ...]
@@ -52,10 +52,10 @@ class GroupProgress:
     """How far a group is: all that is needed to go on with it.
 
     Attributes:
-        state: State of every member.
-        step: Number of steps taken.
-        seconds: Time it took so far, in all processes.
-        evaluations: One list per run; that of a run that diverged ends there.
+      state: State of every member.
+      step: Number of steps taken.
+      seconds: Time it took so far, in all processes.
+      evaluations: One list per run; that of a run that diverged ends there.
     """
 
     state: TrainState

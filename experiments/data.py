@@ -34,28 +34,28 @@ def sample_batch(
     """Mini-batch of one step, drawn uniformly with replacement.
 
     Args:
-        training: The training set.
-        key: Key of the run's data stream.
-        step: Number of steps taken before this one, int32 scalar.
-        batch_size: Number of examples to draw.
+      training: The training set.
+      key: Key of the run's data stream.
+      step: Number of steps taken before this one, int32 scalar.
+      batch_size: Number of examples to draw.
 
     Returns:
-        `batch_size` examples.
+      `batch_size` examples.
 
     Examples:
-        The batch depends on key and step alone.
+      The batch depends on key and step alone.
 
-        >>> import jax.numpy as jnp
-        >>> training = Examples(jnp.arange(50), jnp.arange(50))
-        >>> first, again = (
-        ...     sample_batch(training, jax.random.key(0), jnp.int32(7), 8)
-        ...     for _ in range(2)
-        ... )
-        >>> bool((first.label == again.label).all())
-        True
-        >>> other = sample_batch(training, jax.random.key(0), jnp.int32(8), 8)
-        >>> bool((first.label == other.label).all())
-        False
+      >>> import jax.numpy as jnp
+      >>> training = Examples(jnp.arange(50), jnp.arange(50))
+      >>> first, again = (
+      ...     sample_batch(training, jax.random.key(0), jnp.int32(7), 8)
+      ...     for _ in range(2)
+      ... )
+      >>> bool((first.label == again.label).all())
+      True
+      >>> other = sample_batch(training, jax.random.key(0), jnp.int32(8), 8)
+      >>> bool((first.label == other.label).all())
+      False
     """
     indices = jax.random.randint(
         jax.random.fold_in(key, step), (batch_size,), 0, len(training.label)

@@ -12,10 +12,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Message for a name that is not known, with the nearest one that is.
 
     Examples:
-        >>> print(unknown_name("problem", "digist", ["mnist", "digits"]))
-        There is no problem 'digist'. Did you mean 'digits'? Known: mnist, digits.
-        >>> print(unknown_name("problem", "xyz", ["mnist", "digits"]))
-        There is no problem 'xyz'. Known: mnist, digits.
+      >>> print(unknown_name("problem", "digist", ["mnist", "digits"]))
+      There is no problem 'digist'. Did you mean 'digits'? Known: mnist, digits.
+      >>> print(unknown_name("problem", "xyz", ["mnist", "digits"]))
+      There is no problem 'xyz'. Known: mnist, digits.
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)

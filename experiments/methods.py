@@ -17,12 +17,12 @@ class Method:
     """An optimizer with the settings of §A.2: all but the step size.
 
     Attributes:
-        name: Public name in `dissect_optax`, or the path of an Optax optimizer.
-        label: Name in figures and tables.
-        factory: From a learning rate to the optimizer.
-        first_guess: Step size where the search for the largest stable one begins. It
-            costs time when it is far off; it does not change what is found.
-        needs_variance: Whether the optimizer asks for the mini-batch's variance.
+      name: Public name in `dissect_optax`, or the path of an Optax optimizer.
+      label: Name in figures and tables.
+      factory: From a learning rate to the optimizer.
+      first_guess: Step size where the search for the largest stable one begins. It
+          costs time when it is far off; it does not change what is found.
+      needs_variance: Whether the optimizer asks for the mini-batch's variance.
     """
 
     name: str
@@ -56,23 +56,23 @@ def get_method(name: str) -> Method:
     """The method of this name.
 
     Args:
-        name: A named optimizer of this library (`m_svag`), or the path of any Optax
-            optimizer whose first argument is the learning rate (`optax.adamw`).
+      name: A named optimizer of this library (`m_svag`), or the path of any Optax
+          optimizer whose first argument is the learning rate (`optax.adamw`).
 
     Returns:
-        The method.
+      The method.
 
     Raises:
-        UserError: There is none of this name.
+      UserError: There is none of this name.
 
     Examples:
-        >>> get_method("m_svag").label
-        'M-SVAG'
-        >>> get_method("optax.adamw").label
-        'optax.adamw'
-        >>> get_method("msvag")
-        Traceback (most recent call last):
-        experiments.errors.UserError: There is no optimizer 'msvag'. Did you mean ...
+      >>> get_method("m_svag").label
+      'M-SVAG'
+      >>> get_method("optax.adamw").label
+      'optax.adamw'
+      >>> get_method("msvag")
+      Traceback (most recent call last):
+      experiments.errors.UserError: There is no optimizer 'msvag'. Did you mean ...
     """
     if name in METHODS:
         return METHODS[name]

@@ -21,8 +21,8 @@ class Monitor:
     """Progress of one group of runs after the other.
 
     Args:
-        console: Where it is shown; the default is standard error, so that tables can
-            be piped.
+      console: Where it is shown; the default is standard error, so that tables can
+          be piped.
     """
 
     def __init__(self, console: Console | None = None) -> None:

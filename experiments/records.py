@@ -44,12 +44,12 @@ class RunConfig:
     """What determines a run.
 
     Attributes:
-        problem: Name of the test problem.
-        network: Its network in a few words.
-        optimizer: Name of the method.
-        learning_rate: The tuned step size.
-        seed: Seed of initial parameters, mini-batches and noise.
-        settings: Steps, batch size, L2, evaluations.
+      problem: Name of the test problem.
+      network: Its network in a few words.
+      optimizer: Name of the method.
+      learning_rate: The tuned step size.
+      seed: Seed of initial parameters, mini-batches and noise.
+      settings: Steps, batch size, L2, evaluations.
     """
 
     problem: str
@@ -198,7 +198,7 @@ class Store:
     """The directory that holds all records.
 
     Attributes:
-        root: The directory; it need not exist yet.
+      root: The directory; it need not exist yet.
     """
 
     root: Path

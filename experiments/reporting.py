@@ -30,8 +30,8 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (ddof = 1; NaN for a single value).
 
     Examples:
-        >>> mean_and_std([1.0, 3.0])
-        (2.0, 1.4142135623730951)
+      >>> mean_and_std([1.0, 3.0])
+      (2.0, 1.4142135623730951)
     """
     std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return float(np.mean(values)), std
@@ -47,10 +47,10 @@ class Effect:
     """How much accuracy one aspect changes, with everything else equal.
 
     Attributes:
-        comparison: "M-SSD − M-SGD", say.
-        mean: Mean difference in test accuracy, in percentage points.
-        half_width: Half the 95 % confidence interval, in percentage points.
-        seeds: Number of pairs.
+      comparison: "M-SSD − M-SGD", say.
+      mean: Mean difference in test accuracy, in percentage points.
+      half_width: Half the 95 % confidence interval, in percentage points.
+      seeds: Number of pairs.
     """
 
     comparison: str
@@ -78,9 +78,9 @@ def paired_effect(
       The effect, in percentage points.
 
     Examples:
-        >>> effect = paired_effect("b − a", {1: 0.90, 2: 0.92}, {1: 0.91, 2: 0.93})
-        >>> round(effect.mean, 6), effect.seeds, effect.within_noise
-        (1.0, 2, False)
+      >>> effect = paired_effect("b − a", {1: 0.90, 2: 0.92}, {1: 0.91, 2: 0.93})
+      >>> round(effect.mean, 6), effect.seeds, effect.within_noise
+      (1.0, 2, False)
     """
     seeds = sorted(before.keys() & after.keys())
     differences = [100 * (after[seed] - before[seed]) for seed in seeds]
@@ -121,8 +121,8 @@ def percent(mean: float, std: float) -> str:
     """Mean and deviation as the paper prints them.
 
     Examples:
-        >>> percent(0.91987, 0.0021)
-        '92.0 ± 0.2 %'
+      >>> percent(0.91987, 0.0021)
+      '92.0 ± 0.2 %'
     """
     return f"{100 * mean:.1f} ± {100 * std:.1f} %"
 

@@ -32,12 +32,12 @@ class Session:
     """What all runs of one command share.
 
     Attributes:
-        problem: The test problem.
-        settings: Its published settings, or its smoke settings.
-        store: Where the records are.
-        monitor: Where progress is shown.
-        data_dir: Where the data are, None for the usual place.
-        checkpoint_seconds: Least time between two checkpoints of a group.
+      problem: The test problem.
+      settings: Its published settings, or its smoke settings.
+      store: Where the records are.
+      monitor: Where progress is shown.
+      data_dir: Where the data are, None for the usual place.
+      checkpoint_seconds: Least time between two checkpoints of a group.
     """
 
     problem: Problem

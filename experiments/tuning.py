@@ -33,8 +33,8 @@ def step_size(point: int) -> float:
     """The step size at a grid point.
 
     Examples:
-        >>> [step_size(point) for point in (-2, -1, 0, 1, 2, 3)]
-        [0.3, 0.6, 1.0, 3.0, 6.0, 10.0]
+      >>> [step_size(point) for point in (-2, -1, 0, 1, 2, 3)]
+      [0.3, 0.6, 1.0, 3.0, 6.0, 10.0]
     """
     decade, digit = divmod(point, _POINTS_PER_DECADE)
     # By way of text, since 3 · 0.1 is not 0.3.
@@ -45,10 +45,10 @@ def grid_point(size: float) -> int:
     """The grid point nearest to a step size on a logarithmic scale.
 
     Examples:
-        >>> grid_point(0.3)
-        -2
-        >>> grid_point(5.0) == grid_point(6.0)
-        True
+      >>> grid_point(0.3)
+      -2
+      >>> grid_point(5.0) == grid_point(6.0)
+      True
     """
     guess = math.floor(_POINTS_PER_DECADE * math.log10(size))
     return min(
@@ -77,10 +77,10 @@ def missing_points(stable: Mapping[int, bool], first_guess: int) -> list[int]:
       UserError: Everything, or nothing, is stable as far as the grid goes.
 
     Examples:
-        >>> missing_points({}, first_guess=2)
-        [-7, -6, -5, -4, -3, -2, -1, 0, 1, 2]
-        >>> missing_points({point: point < 1 for point in range(-7, 3)}, 2)
-        []
+      >>> missing_points({}, first_guess=2)
+      [-7, -6, -5, -4, -3, -2, -1, 0, 1, 2]
+      >>> missing_points({point: point < 1 for point in range(-7, 3)}, 2)
+      []
     """
     if not stable:
         return list(range(first_guess - _FIRST_GROUP + 1, first_guess + 1))
@@ -114,9 +114,9 @@ class Tuned:
     """The outcome of tuning one method.
 
     Attributes:
-        learning_rate: The step size that won.
-        largest_stable: The largest stable step size.
-        candidates: The runs that the choice was made from, by ascending step size.
+      learning_rate: The step size that won.
+      largest_stable: The largest stable step size.
+      candidates: The runs that the choice was made from, by ascending step size.
     """
 
     learning_rate: float
@@ -219,9 +219,9 @@ class Outcome:
     """All that the protocol says about one method.
 
     Attributes:
-        method: The method.
-        tuned: Its tuning.
-        replications: Runs at the tuned step size that differ in their seed only.
+      method: The method.
+      tuned: Its tuning.
+      replications: Runs at the tuned step size that differ in their seed only.
     """
 
     method: Method

@@ -16,17 +16,17 @@ def get_problem(name: str) -> Problem:
     """The problem of this name, from the file of the same name in this folder.
 
     Args:
-        name: One of `PROBLEMS`.
+      name: One of `PROBLEMS`.
 
     Returns:
-        The problem.
+      The problem.
 
     Raises:
-        UserError: There is none of this name.
+      UserError: There is none of this name.
 
     Examples:
-        >>> get_problem("digits").title
-        'Digits'
+      >>> get_problem("digits").title
+      'Digits'
     """
     if name not in PROBLEMS:
         raise UserError(unknown_name("problem", name, PROBLEMS))

@@ -16,10 +16,10 @@ class Settings:
     """How long and on what a network is trained; part of every record.
 
     Attributes:
-        steps: Number of optimizer steps.
-        batch_size: Examples per mini-batch.
-        l2: λ of the penalty ½λ‖w‖² on the weights, not on the biases.
-        evaluation_interval: Steps between two evaluations; divides `steps`.
+      steps: Number of optimizer steps.
+      batch_size: Examples per mini-batch.
+      l2: λ of the penalty ½λ‖w‖² on the weights, not on the biases.
+      evaluation_interval: Steps between two evaluations; divides `steps`.
     """
 
     steps: int
@@ -48,22 +48,22 @@ class Problem:
     identity, so define them at module level.
 
     Attributes:
-        name: Name on the command line, and of the file in this folder.
-        title: Name in figures and tables.
-        network_summary: The network in a few words; part of every record.
-        settings: The published settings.
-        smoke: Settings with which every command ends within seconds.
-        load_data: From a data directory (or None for the usual one) to the data set,
-            each half in random order.
-        network: From random streams to a Flax NNX module whose only variables are
-            `nnx.Param`. Called with one image or a batch, and with the key of its
-            dropout or None, which switches dropout off; it returns logits. Arrays
-            named `kernel` are weights, on which L2 acts.
-        test_input: From a stored image to the network's input.
-        training_input: The same with augmentation, from an image and a key.
-        schedule: From the tuned step size to the learning rate of every step.
-        members_on_cpu: How many runs of one method a CPU trains at a time. On many
-            small matrices a group saves overhead; large ones fill the cores alone.
+      name: Name on the command line, and of the file in this folder.
+      title: Name in figures and tables.
+      network_summary: The network in a few words; part of every record.
+      settings: The published settings.
+      smoke: Settings with which every command ends within seconds.
+      load_data: From a data directory (or None for the usual one) to the data set,
+          each half in random order.
+      network: From random streams to a Flax NNX module whose only variables are
+          `nnx.Param`. Called with one image or a batch, and with the key of its
+          dropout or None, which switches dropout off; it returns logits. Arrays
+          named `kernel` are weights, on which L2 acts.
+      test_input: From a stored image to the network's input.
+      training_input: The same with augmentation, from an image and a key.
+      schedule: From the tuned step size to the learning rate of every step.
+      members_on_cpu: How many runs of one method a CPU trains at a time. On many
+          small matrices a group saves overhead; large ones fill the cores alone.
     """
 
     name: str
