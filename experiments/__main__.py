@@ -73,8 +73,7 @@ def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -
     console.print(
         "Test accuracy after the last step, mean ± one standard deviation over seeds.\n"
         "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
-        " interval; the\nuncertainty of the tuning (one seed, by test accuracy) is not"
-        " in it.",
+        "\ninterval, over seeds only: the tuning, by one seed, is not in it.",
         highlight=False,
     )
 

@@ -65,18 +65,26 @@ def _dataset(problem: Problem, data_dir: Path | None) -> Dataset:
     return problem.load_data(data_dir)
 
 
-def _float(value: np.ndarray) -> float:
+def _float(value: jax.Array) -> float:
     """The shortest decimal number that is this float32, which keeps records short."""
     return float(str(np.float32(value)))
 
 
 def _measurement(
-    evaluation: Evaluation, index: int, step: int, seconds: float
+    evaluation: Evaluation, index: int, step: int, seconds: float, test_images: int
 ) -> Measurement:
     """One member's line."""
-    fields = evaluation._asdict()
-    values = {name: _float(column[index]) for name, column in fields.items()}
-    return Measurement(step=step, seconds=round(seconds, 3), **values)
+    member = Evaluation(*(column[index] for column in evaluation))
+    return Measurement(
+        step=step,
+        training_loss=_float(member.training_loss),
+        training_cross_entropy=_float(member.training_cross_entropy),
+        test_loss=_float(member.test_loss),
+        test_cross_entropy=_float(member.test_cross_entropy),
+        test_accuracy=int(member.test_correct) / test_images,
+        learning_rate=_float(member.learning_rate),
+        seconds=round(seconds, 3),
+    )
 
 
 def _members(group: Group) -> Member:
@@ -106,11 +114,12 @@ def _add_evaluation(
     session: Session, members: Member, progress: GroupProgress, started: float
 ) -> None:
     """Measures every member that has not diverged."""
+    dataset = _dataset(session.problem, session.data_dir)
     evaluation = jax.device_get(
         evaluate(
             session.problem,
             session.settings,
-            _dataset(session.problem, session.data_dir),
+            dataset,
             members,
             progress.state.step,
             progress.state.params,
@@ -118,8 +127,15 @@ def _add_evaluation(
     )
     progress.seconds = time.perf_counter() - started
     for index in _alive(progress):
-        line = _measurement(evaluation, index, progress.step, progress.seconds)
-        progress.evaluations[index].append(line)
+        progress.evaluations[index].append(
+            _measurement(
+                evaluation,
+                index,
+                progress.step,
+                progress.seconds,
+                len(dataset.test.label),
+            )
+        )
 
 
 def _begin(

@@ -54,7 +54,7 @@ class Evaluation(NamedTuple):
     training_cross_entropy: jax.Array
     test_loss: jax.Array
     test_cross_entropy: jax.Array
-    test_accuracy: jax.Array
+    test_correct: jax.Array  # int32, the number of test images that are recognised
     learning_rate: jax.Array
 
 
@@ -229,13 +229,13 @@ def _measure(
 def _measure_all(
     problem: Problem, params: nnx.State, examples: Examples
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy and accuracy over every example."""
+    """Mean cross-entropy, and how many are recognised, over every example."""
     loss, correct = jax.lax.map(
         functools.partial(_measure, problem, params),
         examples,
         batch_size=min(_EXAMPLES_EVALUATED_AT_ONCE, len(examples.label)),
     )
-    return jnp.mean(loss), jnp.mean(correct)
+    return jnp.mean(loss), jnp.sum(correct)
 
 
 def _evaluate(
@@ -249,7 +249,7 @@ def _evaluate(
     """One evaluation of one run."""
     training = evaluated_training_examples(dataset.training)
     training_cross_entropy, _ = _measure_all(problem, params, training)
-    test_cross_entropy, test_accuracy = _measure_all(problem, params, dataset.test)
+    test_cross_entropy, test_correct = _measure_all(problem, params, dataset.test)
     penalty = l2_penalty(params, settings.l2)
     learning_rate = problem.schedule(member.learning_rate)
     return Evaluation(
@@ -257,7 +257,7 @@ def _evaluate(
         training_cross_entropy=training_cross_entropy,
         test_loss=test_cross_entropy + penalty,
         test_cross_entropy=test_cross_entropy,
-        test_accuracy=test_accuracy,
+        test_correct=test_correct,
         learning_rate=jnp.asarray(
             learning_rate(step) if callable(learning_rate) else learning_rate
         ),
