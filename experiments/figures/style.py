@@ -9,8 +9,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, which people with any common colour vision can tell apart.
-# The hue says whether the magnitude is kept (blue, green) or only the sign (orange,
-# vermilion); line styles repeat it for print in grey.
+# Cold colours keep the magnitude, warm ones only the sign; lines of methods that are
+# not adapted to the variance are dashed. So Table 1 can be read off a figure.
 _COLORS = {
     "m_sgd": "#0072B2",
     "m_svag": "#009E73",
@@ -50,6 +50,14 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+
+
+_NOT_ADAPTED = ("m_sgd", "m_ssd", "sgd", "ssd")
+
+
+def line_style(method: str) -> str:
+    """Line style of a method, by its name on the command line."""
+    return "--" if method in _NOT_ADAPTED else "-"
 
 
 def color(method: str) -> str:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from experiments.figures.style import WIDTH, color, save, style
+from experiments.figures.style import WIDTH, color, line_style, save, style
 from experiments.records import Record
 from experiments.tuning import Outcome
 
@@ -30,7 +30,13 @@ def _draw_band(axes: Axes, outcome: Outcome, quantity: str) -> None:
     steps, values = _curves(outcome.replications, quantity)
     mean = values.mean(axis=0)
     shade = color(outcome.method.name)
-    axes.plot(steps, mean, color=shade, label=outcome.method.label)
+    axes.plot(
+        steps,
+        mean,
+        color=shade,
+        linestyle=line_style(outcome.method.name),
+        label=outcome.method.label,
+    )
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
         axes.fill_between(
@@ -57,7 +63,7 @@ def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
       The path.
     """
     with style():
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
         axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
         for column, (title, outcomes) in enumerate(columns.items()):
             for row, quantity in enumerate(("training_loss", "test_loss")):
@@ -65,6 +71,7 @@ def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
                     _draw_band(axes[row, column], outcome, quantity)
                 _use_plain_log_scale(axes[row, column])
             axes[0, column].set_title(title)
+            axes[0, column].margins(x=0.01)
             axes[1, column].set_xlabel("step")
         axes[0, 0].set_ylabel("training loss")
         axes[1, 0].set_ylabel("test loss")
