@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -272,8 +273,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. Finished runs are kept; the same command goes on:"
-            f" {_PROGRAM} {' '.join(arguments)}",
+            "\nInterrupted. The same command goes on from the finished runs and the last"
+            f" checkpoint: {_PROGRAM} {shlex.join(arguments)}",
             file=sys.stderr,
         )
         return 130

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -46,9 +46,10 @@ class Monitor:
         start = time.perf_counter()
         bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps, {task.fields[rate]} a second,"),
+            # Narrow, so that a line fits a terminal of 80 columns.
+            BarColumn(bar_width=12),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]} steps/s"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[news]}"),
             console=self.console,
@@ -87,12 +88,12 @@ class GroupReport:
           newest: The last measurement of every run.
         """
         alive = [line for line in newest if math.isfinite(line.training_loss)]
-        self.news = f"{len(newest)} runs, {len(newest) - len(alive)} diverged"
+        best = ""
         if alive:
             loss = min(line.training_loss for line in alive)
             accuracy = max(line.test_accuracy for line in alive)
-            self.news += f", best loss {loss:.3g}, best accuracy {accuracy:.1%}"
+            best = f"loss {loss:.3g}, acc. {accuracy:.1%}"
         rate = (step - self._first_step) / (time.perf_counter() - self._start)
-        self._bar.update(
-            self._task, completed=step, rate=f"{rate:,.0f}", news=self.news
-        )
+        self._bar.update(self._task, completed=step, rate=f"{rate:,.0f}", news=best)
+        runs = "1 run" if len(newest) == 1 else f"{len(newest)} runs"
+        self.news = f"{runs}, {len(newest) - len(alive)} diverged; best {best}"
