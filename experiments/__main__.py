@@ -273,7 +273,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. The same command goes on from the finished runs and the last"
+            "\nInterrupted. The same command goes on from finished runs and the last"
             f" checkpoint: {_PROGRAM} {shlex.join(arguments)}",
             file=sys.stderr,
         )
