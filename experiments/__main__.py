@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments` dissects Adam on handwritten digits."""
+"""The command line: `python -m experiments`, see `--help`."""
 
 import dataclasses
 import logging
@@ -40,6 +40,7 @@ class Options:
     """Everything within seconds: a few steps, two seeds. Tests the code, not Adam."""
 
 
+_ProblemName = Positional[Annotated[str, tyro.conf.arg(metavar="PROBLEM")]]
 _Options = Annotated[Options, tyro.conf.arg(name="")]
 _DEFAULTS = Options()
 
@@ -83,7 +84,7 @@ def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -
 
 
 def train(
-    problem: Positional[str],
+    problem: _ProblemName,
     *,
     optimizer: str,
     learning_rate: float,
@@ -117,7 +118,7 @@ def train(
 
 
 def tune_step_sizes(
-    problem: Positional[str],
+    problem: _ProblemName,
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     options: _Options = _DEFAULTS,
@@ -134,13 +135,13 @@ def tune_step_sizes(
         method = get_method(name)
         tuned = tune(session, method)
         print(
-            f"{method.label}: step size {tuned.learning_rate:g} of"
-            f" {len(tuned.candidates)}, largest stable {tuned.largest_stable:g}"
+            f"{method.label}: step size {tuned.learning_rate:g}, best of"
+            f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
         )
 
 
 def reproduce(
-    problem: Positional[str],
+    problem: _ProblemName,
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     seeds: int | None = None,
@@ -168,13 +169,15 @@ def reproduce(
     _print_results(Console(), session.problem.title, outcomes)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
     write_atomically(summary, to_text(reporting.summary(outcomes)))
-    path = draw_training_curves((problem,), options)
+    path = training_curves.draw(
+        {session.problem.title: outcomes}, _curves_path((problem,), options)
+    )
     print(f"Summary: {summary}")
     print(f"Figure:  {path}")
 
 
 def table(
-    problem: Positional[str] = "digits",
+    problem: _ProblemName = "digits",
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     options: _Options = _DEFAULTS,
@@ -218,14 +221,19 @@ def _suffix(options: Options) -> str:
     return "_smoke" if options.smoke else ""
 
 
+def _curves_path(problems: Sequence[str], options: Options) -> Path:
+    """Where Figure 3 goes."""
+    name = f"figure_3_{'_'.join(problems)}{_suffix(options)}.png"
+    return options.runs_dir / "figures" / name
+
+
 def draw_training_curves(problems: Sequence[str], options: Options) -> Path:
     """Figure 3 from the records of the four methods; returns its path."""
     sessions = [_session(name, options) for name in problems]
     columns = {
         session.problem.title: _outcomes(session, FOUR_METHODS) for session in sessions
     }
-    name = f"figure_3_{'_'.join(problems)}{_suffix(options)}.png"
-    return training_curves.draw(columns, options.runs_dir / "figures" / name)
+    return training_curves.draw(columns, _curves_path(problems, options))
 
 
 # A study adds its figure, and its command, by a row.
@@ -264,7 +272,10 @@ def main(arguments: Sequence[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog=_PROGRAM,
-            description=f"{__doc__} Problems: {', '.join(PROBLEMS)}.",
+            description=(
+                "Takes Adam apart by experiment. Without a command:"
+                f" `{' '.join(_MAIN_JOB)}`. Problems: {', '.join(PROBLEMS)}."
+            ),
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )

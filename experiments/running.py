@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import checkpoints
+from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
 from experiments.data import Dataset
 from experiments.methods import Method
@@ -156,7 +156,10 @@ def _run_group(session: Session, method: Method, title: str, group: Group) -> No
     """Trains a group, from where an earlier process left it, to its records."""
     settings = session.settings
     members = _members(group)
-    with session.monitor.group(title, settings.steps) as report:
+    with (
+        session.monitor.group(title, settings.steps) as report,
+        interrupts.deferred() as interrupted,
+    ):
         progress = _begin(session, method, group, members)
         last_save = time.perf_counter()
         started = last_save - progress.seconds
@@ -174,9 +177,12 @@ def _run_group(session: Session, method: Method, title: str, group: Group) -> No
             progress.step += settings.evaluation_interval
             _add_evaluation(session, members, progress, started)
             report(progress.step, [lines[-1] for lines in progress.evaluations])
-            if time.perf_counter() - last_save >= session.checkpoint_seconds:
+            due = time.perf_counter() - last_save >= session.checkpoint_seconds
+            if due or interrupted.is_set():
                 checkpoints.save(session.store, group, progress)
                 last_save = time.perf_counter()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
     for config, lines in zip(group.configs, progress.evaluations, strict=True):
         session.store.write(Record(config, tuple(lines), environment()))
     checkpoints.remove(session.store, group)

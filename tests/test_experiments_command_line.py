@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,15 +145,27 @@ def test_help_names_every_command(capsys):
     assert all(f"• {name}" in printed for name in COMMANDS)
 
 
-def test_interrupt_says_how_to_go_on(monkeypatch, capsys):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("experiments.__main__._session", interrupt)
-    assert main(["table"]) == 130
+def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    command = ["train", "digits", "--optimizer", "m_svag", "--learning-rate", "0.3"]
+    command += ["--smoke", "--runs-dir", str(tmp_path)]
+    begun_at = []
+    with monkeypatch.context() as patch:
+        # Ctrl-C during the first steps, when the news of them arrives.
+        patch.setattr(
+            "experiments.progress.GroupReport.__call__",
+            lambda *_: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert main(command) == 130
     said = capsys.readouterr().err
+    assert "Stopping after these steps" in said
     assert "The same command goes on" in said
-    assert said.rstrip().endswith("python -m experiments table")
+    assert said.rstrip().endswith(shlex.join(["python", "-m", "experiments", *command]))
+
+    monkeypatch.setattr(
+        "experiments.progress.GroupReport.begin", lambda _, step: begun_at.append(step)
+    )
+    assert main(command) == 0
+    assert begun_at == [10]
 
 
 # ---- Kill and resume --------------------------------------------------------------
