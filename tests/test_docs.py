@@ -1,0 +1,56 @@
+"""What the pages show runs, and what they name exists."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_python_blocks_of_a_page_run_one_after_the_other(page: Path) -> None:
+    program = "\n".join(CODE.findall(page.read_text()))
+    exec(compile(program, page_name(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_the_readme_commands_are_those_of_the_checks() -> None:
+    assert "-m pytest -n auto" in (ROOT / "README.md").read_text()
+    assert "-m pytest -n auto" in (ROOT / ".ci" / "run").read_text()
+
+
+def equation_rows() -> list[str]:
+    lines = (ROOT / "docs" / "equations.md").read_text().splitlines()
+    return [line for line in lines if line.startswith("|") and "`" in line]
+
+
+@pytest.mark.parametrize("row", equation_rows())
+def test_names_and_tests_of_an_equation_exist(row: str) -> None:
+    names = re.findall(r"`(dissect_optax(?:\.\w+)+)`", row)
+    tests = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
+    assert names, "a row names what implements it"
+    assert tests, "a row names what checks it"
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+    for file, test in tests:
+        tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+        functions = {
+            node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+        }
+        assert test in functions, f"{file}.py::{test}"
