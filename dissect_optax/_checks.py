@@ -81,10 +81,12 @@ def matching_variance(
         if absent(gradient):
             matching.append(gradient)
             continue
-        if jnp.shape(variance) != jnp.shape(gradient):
+        is_array = jax.tree_util.all_leaves([variance])
+        if not is_array or jnp.shape(variance) != jnp.shape(gradient):
+            came = jnp.shape(variance) if is_array else type(variance).__name__
             raise ValueError(
                 "`grad_variance` must have the shapes of the gradients, got "
-                f"{jnp.shape(variance)} for a gradient of shape {jnp.shape(gradient)} "
+                f"{came} for a gradient of shape {jnp.shape(gradient)} "
                 f"at {jax.tree_util.keystr(path) or 'the root'}."
             )
         dtype = real_dtype(wide_dtype(jnp.result_type(gradient), None))
@@ -97,6 +99,8 @@ def _concrete_number(name: str, value: Any) -> float | None:
     if isinstance(value, jax.core.Tracer):
         return None
     try:
-        return float(value)
+        if not isinstance(value, str):
+            return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.") from None
+        pass
+    raise TypeError(f"`{name}` must be a number, got {value!r}.")
