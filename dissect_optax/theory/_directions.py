@@ -72,7 +72,7 @@ def sign_direction(
     E[z_i] = γ_i (2ρ_i-1) sign(p_i),      E[z_i z_j] = γ_i γ_j (1 - 2 P[s_i ≠ s_j])
 
     with s = sign(p̂), p̂ ~ N(p, Σ), and the orthant probabilities exact. What it costs is
-    one `expected_sign_product` for each of the d(d-1)/2 pairs.
+    one `expected_sign_product` for each of the d² pairs.
 
     Args:
       mean: p, of shape [d].
@@ -110,12 +110,13 @@ def sign_direction(
     inverse_std = jnp.where(known, 0.0, 1 / jnp.where(known, 1.0, std))
     z = standardize(p, std)
 
-    row, column = jnp.triu_indices(p.shape[0], k=1)
-    correlation = cov[row, column] * inverse_std[row] * inverse_std[column]
-    pairs = expected_sign_product(z[row], z[column], jnp.clip(correlation, -1.0, 1.0))
-    upper = jnp.zeros_like(cov).at[row, column].set(pairs)
+    # All pairs, each twice: picking out one half costs more than computing the other.
+    correlation = cov * inverse_std[:, None] * inverse_std[None, :]
+    pairs = expected_sign_product(
+        z[:, None], z[None, :], jnp.clip(correlation, -1.0, 1.0)
+    )
     own = jnp.where(known & (p == 0), 0.0, 1.0).astype(cov.dtype)
-    moment = upper + upper.T + jnp.diag(own)
+    moment = jnp.where(jnp.eye(p.shape[0], dtype=bool), own[:, None], pairs)
     return Direction(gamma * expected_sign(p, std), jnp.outer(gamma, gamma) * moment)
 
 
