@@ -24,6 +24,11 @@ from dissect_optax._estimates import (
     moving_average_estimate,
     with_relative_variance_of,
 )
+from dissect_optax._gradient_variance import (
+    VarianceRoute,
+    explain_variance,
+    value_grad_and_variance,
+)
 from dissect_optax._optimizers import (
     adam,
     adam_star,
@@ -42,7 +47,11 @@ __version__ = "0.1.0"
 
 # Sorted by meaning, not by alphabet: in the order in which a gradient meets them.
 __all__ = [  # noqa: RUF022
-    # A gradient becomes an Estimate,
+    # A batch gives a gradient and its variance,
+    "value_grad_and_variance",
+    "explain_variance",
+    "VarianceRoute",
+    # a gradient becomes an Estimate,
     "Estimate",
     "moving_average_estimate",
     "attach_variance",

@@ -163,3 +163,38 @@ def variance_of_mean(examples: jax.Array, mean: jax.Array) -> jax.Array:
     deviations -= jnp.mean(deviations, axis=0, keepdims=True)
     squares = squared_magnitude(deviations)
     return jnp.sum(squares, axis=0) / (batch_size * (batch_size - 1))
+
+
+def spread_from_squares(mean_square: jax.Array, mean: jax.Array) -> jax.Array:
+    """Population variance E|g|² - |E g|², clamped at zero against rounding."""
+    return jnp.maximum(mean_square - squared_magnitude(mean), 0)
+
+
+def variance_of_mean_factor(squared_share: jax.Array) -> jax.Array:
+    """What turns the population variance of per-example gradients into ŝ of Eq. (44).
+
+    With shares p_k = w_k / Σw and `squared_share` = Σp², the variance of Σ p_k g_k is
+    estimated without bias by Σ p_k |g_k - ḡ|² times Σp²/(1-Σp²), which is 1/(n-1) for
+    n equal weights. Zero where a single example has all the weight.
+    """
+    rest = 1 - squared_share
+    alone = rest <= 4 * jnp.finfo(squared_share.dtype).eps
+    return jnp.where(alone, 0.0, squared_share / jnp.where(alone, 1.0, rest))
+
+
+def merged_moments(
+    weight: jax.Array,
+    mean: jax.Array,
+    spread: jax.Array,
+    other_weight: jax.Array,
+    other_mean: jax.Array,
+    other_spread: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and population variance of two sets together (Chan, Golub & LeVeque 1979)."""
+    total = weight + other_weight
+    share = jnp.where(total > 0, other_weight / jnp.where(total > 0, total, 1), 0)
+    share = share.astype(spread.dtype)
+    difference = other_mean - mean
+    between = share * (1 - share) * squared_magnitude(difference)
+    within = spread + share * (other_spread - spread)
+    return mean + share * difference, within + between

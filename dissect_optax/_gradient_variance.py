@@ -1,0 +1,481 @@
+"""The gradient of a mini-batch together with its variance, Eq. (44) of the paper.
+
+The loss of one example is traced with its gradient (`_gradient_program`); every
+gradient is followed back to the small factors that it is a product of
+(`_gradient_walk`); the program that computes the factors is mapped over the batch, and
+mean and variance are taken from the factors (`_gradient_terms`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Var
+
+from dissect_optax import _formulas
+from dissect_optax._gradient_program import (
+    Atom,
+    depends_on,
+    select,
+    trace,
+    without_accumulation,
+)
+from dissect_optax._gradient_terms import Batch, Constant, Moments, Term, accumulator
+from dissect_optax._gradient_walk import Walk
+
+PyTree = Any
+
+
+class VarianceRoute(NamedTuple):
+    """How the variance of one parameter's gradient is computed, and what it costs."""
+
+    parameter: str
+    """Path of the parameter in its tree."""
+    shape: tuple[int, ...]
+    routes: tuple[str, ...]
+    """What the gradient is made of; several entries for a sum or a concatenation."""
+    operations: int
+    """Floating-point operations beyond those of the plain gradient."""
+    numbers: int
+    """Array elements held beyond the plain gradient's own and the two results."""
+
+    def __str__(self) -> str:
+        """One line of a report."""
+        return (
+            f"{self.parameter} {list(self.shape)}: {', '.join(self.routes)}; "
+            f"{self.operations:.1e} operations, {self.numbers:.1e} numbers"
+        )
+
+
+class _Summary(NamedTuple):
+    """Value, gradient and spread of a set of examples, and what the set weighs."""
+
+    weight: jax.Array
+    squared_weight: jax.Array
+    value: jax.Array
+    means: list[jax.Array]
+    spreads: list[jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The program of one example, and the terms of its gradient."""
+
+    program: ClosedJaxpr
+    value: Atom
+    aux: list[Atom]
+    terms: list[Term]
+    dependent: set[Var]
+    parameter_count: int
+    aux_tree: Any
+    weight_dtype: jnp.dtype
+
+
+def value_grad_and_variance(
+    loss: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    regularizer: Callable[[PyTree], jax.Array] | None = None,
+    microbatch_size: int | None = None,
+    two_pass: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+    axis_name: Any = None,
+) -> Callable[..., tuple[Any, PyTree, PyTree]]:
+    r"""Like `jax.value_and_grad`, for a batch, with the variance of the gradient."""
+    _check_microbatch_size(microbatch_size)
+    return functools.partial(
+        _value_grad_and_variance,
+        loss,
+        has_aux,
+        regularizer,
+        microbatch_size,
+        two_pass,
+        precision,
+        axis_name,
+    )
+
+
+def explain_variance(
+    loss: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., list[VarianceRoute]]:
+    """Which way `value_grad_and_variance` takes for each parameter, and its cost."""
+    return functools.partial(_explain_variance, loss, has_aux)
+
+
+def _explain_variance(
+    loss: Callable[..., Any],
+    has_aux: bool,
+    params: PyTree,
+    batch: PyTree,
+    *shared: Any,
+) -> list[VarianceRoute]:
+    """The report of `explain_variance`; arguments may be shapes."""
+    size = _batch_size(batch)
+    plan = _plan(loss, has_aux, params, batch, shared)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [
+        VarianceRoute(
+            jax.tree_util.keystr(path),
+            term.shape,
+            term.routes,
+            term.extra_operations(size),
+            term.extra_memory(size),
+        )
+        for path, term in zip(paths, plan.terms, strict=True)
+    ]
+
+
+def _value_grad_and_variance(
+    loss: Callable[..., Any],
+    has_aux: bool,
+    regularizer: Callable[[PyTree], jax.Array] | None,
+    microbatch_size: int | None,
+    two_pass: bool,
+    precision: jax.lax.PrecisionLike,
+    axis_name: Any,
+    params: PyTree,
+    batch: PyTree,
+    *shared: Any,
+    weights: jax.typing.ArrayLike | None = None,
+) -> tuple[Any, PyTree, PyTree]:
+    """The function that `value_grad_and_variance` returns."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    size = _batch_size(batch)
+    if axis_name is None and size < 2:
+        raise ValueError(
+            "The variance of a gradient needs a batch of at least two examples, got "
+            f"{size}. Use `jax.value_and_grad` for a single example."
+        )
+    if weights is not None:
+        weights = _checked_weights(weights, size)
+    plan = _plan(loss, has_aux, params, batch, shared)
+    in_parts = microbatch_size is not None and microbatch_size < size
+    merged = in_parts or axis_name is not None
+    run = functools.partial(
+        _summary, plan, two_pass, precision, not merged, jax.tree.leaves(params)
+    )
+    examples = (jax.tree.leaves(batch), weights)
+    if in_parts:
+        summary, aux = _in_microbatches(run, examples, size, microbatch_size)
+    else:
+        summary, aux = run(examples)
+    if axis_name is not None:
+        summary = _merged_over_axis(summary, axis_name)
+
+    variances = summary.spreads
+    if merged:
+        factor = _variance_factor(summary.weight, summary.squared_weight)
+        variances = [s * factor.astype(s.dtype) for s in variances]
+    value, grads = summary.value, summary.means
+    if regularizer is not None:
+        extra, extra_grad = jax.value_and_grad(regularizer)(params)
+        value = value + extra
+        grads = [g + e for g, e in zip(grads, jax.tree.leaves(extra_grad), strict=True)]
+    leaves, tree = jax.tree.flatten(params)
+    grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
+    value = value.astype(plan.value.aval.dtype)
+    if has_aux:
+        value = (value, jax.tree.unflatten(plan.aux_tree, aux))
+    return value, tree.unflatten(grads), tree.unflatten(variances)
+
+
+# ---- Plan and summary --------------------------------------------------------------
+
+
+def _plan(
+    loss: Callable[..., Any],
+    has_aux: bool,
+    params: PyTree,
+    batch: PyTree,
+    shared: Sequence[Any],
+) -> _Plan:
+    """Trace one example and find the terms of its gradient."""
+    example = jax.tree.map(_without_batch_axis, batch)
+    one = functools.partial(_loss_of_one, loss, has_aux, shared)
+    program, result = trace(jax.value_and_grad(one, has_aux=True), params, example)
+    count = len(jax.tree.leaves(params))
+    (_, aux), _ = result
+    outputs = len(program.jaxpr.outvars)
+    program = without_accumulation(program, range(outputs - count, outputs))
+    jaxpr = program.jaxpr
+    dependent = depends_on(jaxpr, jaxpr.invars[count:])
+    walk = Walk(jaxpr, dependent)
+    terms = [walk.term(v) for v in jaxpr.outvars[outputs - count :]]
+    dtypes = [accumulator(v.aval.dtype) for v in jaxpr.outvars[outputs - count :]]
+    weight_dtype = jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
+    return _Plan(
+        program,
+        jaxpr.outvars[0],
+        jaxpr.outvars[1 : outputs - count],
+        terms,
+        dependent,
+        count,
+        jax.tree.structure(aux),
+        weight_dtype,
+    )
+
+
+def _loss_of_one(
+    loss: Callable[..., Any],
+    has_aux: bool,
+    shared: Sequence[Any],
+    params: PyTree,
+    example: PyTree,
+) -> tuple[jax.Array, Any]:
+    """The loss of one example and its auxiliary output, checked."""
+    try:
+        result = loss(params, example, *shared)
+    except Exception as error:
+        shapes = jax.tree.map(jnp.shape, example)
+        error.add_note(
+            "`value_grad_and_variance` calls the loss with one example, without the "
+            f"batch axis; its shapes are {shapes}."
+        )
+        raise
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            "With `has_aux=True` the loss must return a pair (value, aux), got "
+            f"{type(result).__name__}."
+        )
+    value, aux = result if has_aux else (result, ())
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "The loss of one example must be a real scalar, got an array of shape "
+            f"{shape} and dtype {dtype}. Sum or average over the outputs of the "
+            "example; the batch axis is not visible to the loss."
+        )
+    return jnp.asarray(value), aux
+
+
+def _without_batch_axis(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one example of a batch leaf."""
+    return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype)
+
+
+def _summary(
+    plan: _Plan,
+    two_pass: bool,
+    precision: jax.lax.PrecisionLike,
+    finished: bool,
+    params: list[jax.Array],
+    examples: tuple[list[jax.Array], jax.Array | None],
+) -> tuple[_Summary, list[jax.Array]]:
+    """Summary and stacked auxiliary output of some examples.
+
+    With `finished`, these are all examples, and the spreads are already Eq. (44).
+    """
+    leaves, weights = examples
+    size = leaves[0].shape[0]
+    needed = dict.fromkeys(v for term in plan.terms for v in term.variables)
+    varying = [v for v in needed if v in plan.dependent]
+    fixed = [v for v in needed if v not in plan.dependent]
+    run = jax.vmap(
+        select(plan.program, [plan.value, *plan.aux, *varying, *fixed]),
+        in_axes=(None,) * len(params) + (0,) * len(leaves),
+        out_axes=[0] * (1 + len(plan.aux) + len(varying)) + [None] * len(fixed),
+    )
+    values, *outputs = run(*params, *leaves)
+    aux, outputs = outputs[: len(plan.aux)], outputs[len(plan.aux) :]
+    stacks, constants = outputs[: len(varying)], outputs[len(varying) :]
+    if weights is None:
+        weight = jnp.asarray(size, plan.weight_dtype)
+        squared_weight = weight
+        shares = jnp.full(size, 1 / size, plan.weight_dtype)
+    else:
+        weights = weights.astype(plan.weight_dtype)
+        weight, squared_weight = weights.sum(), jnp.square(weights).sum()
+        shares = weights / jnp.where(weight > 0, weight, 1)
+        counts = shares > 0
+        # Padding may hold anything, also values whose gradient is not finite.
+        values, *stacks = (_masked(x, counts) for x in (values, *stacks))
+    scale = jnp.ones((), plan.weight_dtype)
+    if finished:
+        # Here and not at the end, so that a table's unread rows need no second pass.
+        scale = _variance_factor(weight, squared_weight)
+    batch = Batch(
+        dict(zip(varying, stacks, strict=True)),
+        dict(zip(fixed, constants, strict=True)),
+        shares,
+        scale,
+        two_pass,
+        precision,
+    )
+    moments: list[Moments] = [term.moments(batch) for term in plan.terms]
+    value = (shares * values).sum()
+    means, spreads = ([m[i] for m in moments] for i in range(2))
+    return _Summary(weight, squared_weight, value, means, spreads), aux
+
+
+def _masked(values: jax.Array, counts: jax.Array) -> jax.Array:
+    """Zero in the examples that do not count."""
+    return jnp.where(counts.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
+
+
+# ---- Merging -----------------------------------------------------------------------
+
+
+def _in_microbatches(
+    run: Callable[..., tuple[_Summary, list[jax.Array]]],
+    examples: Any,
+    size: int,
+    microbatch_size: int,
+) -> tuple[_Summary, list[jax.Array]]:
+    """Summary of a batch from summaries of its parts, one after the other."""
+    full = size // microbatch_size
+    parts = jax.tree.map(
+        functools.partial(_split, count=full, size=microbatch_size), examples
+    )
+    first, first_aux = run(jax.tree.map(_first, parts))
+    merge = functools.partial(_merge_next, run)
+    summary, aux = jax.lax.scan(merge, first, jax.tree.map(_after_first, parts))
+    collected = [
+        jnp.concatenate([head, rest.reshape(-1, *rest.shape[2:])])
+        for head, rest in zip(first_aux, aux, strict=True)
+    ]
+    if size % microbatch_size:
+        start = full * microbatch_size
+        rest = jax.tree.map(functools.partial(_from, start=start), examples)
+        summary, last = merge(summary, rest)
+        collected = [
+            jnp.concatenate([head, tail])
+            for head, tail in zip(collected, last, strict=True)
+        ]
+    return summary, collected
+
+
+def _split(leaf: jax.Array, count: int, size: int) -> jax.Array:
+    """The first `count` microbatches along a new leading axis."""
+    return leaf[: count * size].reshape(count, size, *leaf.shape[1:])
+
+
+def _first(leaf: jax.Array) -> jax.Array:
+    """The first microbatch."""
+    return leaf[0]
+
+
+def _after_first(leaf: jax.Array) -> jax.Array:
+    """All microbatches but the first."""
+    return leaf[1:]
+
+
+def _from(leaf: jax.Array, start: int) -> jax.Array:
+    """What is left after the full microbatches."""
+    return leaf[start:]
+
+
+def _merge_next(
+    run: Callable[..., tuple[_Summary, list[jax.Array]]], summary: _Summary, part: Any
+) -> tuple[_Summary, list[jax.Array]]:
+    """Add the examples of one more microbatch to a summary."""
+    other, aux = run(part)
+    moments = [
+        _formulas.merged_moments(summary.weight, m, s, other.weight, om, os)
+        for m, s, om, os in zip(
+            summary.means, summary.spreads, other.means, other.spreads, strict=True
+        )
+    ]
+    means, spreads = ([m[i] for m in moments] for i in range(2))
+    total = summary.weight + other.weight
+    share = jnp.where(total > 0, other.weight / jnp.where(total > 0, total, 1), 0)
+    merged = _Summary(
+        total,
+        summary.squared_weight + other.squared_weight,
+        summary.value + share * (other.value - summary.value),
+        means,
+        spreads,
+    )
+    return merged, aux
+
+
+def _merged_over_axis(summary: _Summary, axis_name: Any) -> _Summary:
+    """Summary of all devices along a mapped axis."""
+    weight = jax.lax.psum(summary.weight, axis_name)
+    share = summary.weight / jnp.where(weight > 0, weight, 1)
+    means = [jax.lax.psum(share.astype(m.real.dtype) * m, axis_name) for m in summary.means]
+    spreads = [
+        jax.lax.psum(
+            share.astype(s.dtype) * (s + _formulas.squared_magnitude(local - mean)),
+            axis_name,
+        )
+        for s, local, mean in zip(summary.spreads, summary.means, means, strict=True)
+    ]
+    return _Summary(
+        weight,
+        jax.lax.psum(summary.squared_weight, axis_name),
+        jax.lax.psum(share * summary.value, axis_name),
+        means,
+        spreads,
+    )
+
+
+def _variance_factor(weight: jax.Array, squared_weight: jax.Array) -> jax.Array:
+    """Factor from spread to variance, given Σw and Σw²; zero where nothing counts."""
+    safe = jnp.where(weight > 0, weight, 1)
+    squared_share = jnp.where(weight > 0, squared_weight / safe / safe, 1)
+    return _formulas.variance_of_mean_factor(squared_share)
+
+
+# ---- Checks ------------------------------------------------------------------------
+
+
+def _check_microbatch_size(microbatch_size: int | None) -> None:
+    """Reject a microbatch size that is not a positive integer."""
+    if microbatch_size is None:
+        return
+    if not isinstance(microbatch_size, int) or microbatch_size < 1:
+        raise ValueError(
+            "`microbatch_size` must be a positive integer or None, got "
+            f"{microbatch_size!r}. None takes the whole batch at once."
+        )
+
+
+def _batch_size(batch: PyTree) -> int:
+    """Number of examples, the same in every leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError("`batch` holds no arrays, so it has no batch axis.")
+    shapes = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    scalars = [path for path, shape in shapes.items() if not shape]
+    if scalars:
+        raise ValueError(
+            f"Every leaf of `batch` needs a leading batch axis, but {scalars} are "
+            "scalars. Pass what all examples share as a further argument."
+        )
+    sizes = {path: shape[0] for path, shape in shapes.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"The leaves of `batch` disagree on the number of examples: {sizes}. Pass "
+            "what all examples share as a further argument."
+        )
+    size = next(iter(sizes.values()))
+    if size == 0:
+        raise ValueError("`batch` is empty: its leaves have length 0.")
+    return size
+
+
+def _checked_weights(weights: jax.typing.ArrayLike, size: int) -> jax.Array:
+    """Weights as an array; concrete ones must leave a variance to be estimated."""
+    weights = jnp.asarray(weights)
+    if weights.shape != (size,):
+        raise ValueError(
+            f"`weights` must hold one number per example, shape ({size},), got shape "
+            f"{weights.shape}."
+        )
+    if not isinstance(weights, jax.core.Tracer):
+        concrete = np.asarray(weights)
+        if not (np.isfinite(concrete).all() and (concrete >= 0).all()):
+            raise ValueError(
+                f"`weights` must be finite and not negative, got {concrete}. Use 0 for "
+                "examples that do not count."
+            )
+        if np.count_nonzero(concrete) < 2:
+            raise ValueError(
+                "The variance of a gradient needs at least two examples with positive "
+                f"weight, got {np.count_nonzero(concrete)}."
+            )
+    return weights
