@@ -63,7 +63,7 @@ def _convolve(
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )[0]
-    return jax.nn.relu(y + layer["b"])
+    return jax.nn.relu(y + layer["b"][None, None])
 
 
 def _pool(x: jax.Array) -> jax.Array:

@@ -46,6 +46,7 @@ PERMUTATIONS = (
     "rev",
     "sharding_constraint",
     "slice",
+    "split",
     "squeeze",
     "transpose",
 )
@@ -144,6 +145,7 @@ def _run_without_calls(jaxpr: Jaxpr, consts: Sequence[Any], *inputs: Any) -> lis
     """Evaluate a jaxpr, and the jaxprs it calls equation by equation."""
     environment: Environment = dict(zip(jaxpr.constvars, consts, strict=True))
     environment.update(zip(jaxpr.invars, inputs, strict=True))
+    produced_by = producers(jaxpr)
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name in CALLS:
@@ -154,10 +156,42 @@ def _run_without_calls(jaxpr: Jaxpr, consts: Sequence[Any], *inputs: Any) -> lis
             consts = called.consts if isinstance(called, ClosedJaxpr) else ()
             called = called.jaxpr if isinstance(called, ClosedJaxpr) else called
             outputs = _run_without_calls(called, consts, *operands)
+        elif _places_one_row(equation, produced_by):
+            operands = [_read(v, environment) for v in equation.invars]
+            outputs = [_place_one_row(*operands)]
         else:
             outputs = run_equation(equation, *_operands(equation, environment))
         environment.update(zip(equation.outvars, outputs, strict=True))
     return [_read(v, environment) for v in jaxpr.outvars]
+
+
+def _places_one_row(equation: JaxprEqn, produced_by: dict[Var, JaxprEqn]) -> bool:
+    """Whether the output is zero but for one row: the gradient of reading that row."""
+    if equation.primitive.name != "dynamic_update_slice":
+        return False
+    table, row, *_ = equation.invars
+    partial = [
+        n for n, m in zip(row.aval.shape, table.aval.shape, strict=True) if n != m
+    ]
+    return partial == [1] and is_zero(table, produced_by)
+
+
+def _place_one_row(table: jax.Array, row: jax.Array, *starts: jax.Array) -> jax.Array:
+    """The same as a scatter, which is how several rows at once are placed."""
+    axis = next(d for d in range(table.ndim) if row.shape[d] != table.shape[d])
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(table.ndim - 1)),
+        inserted_window_dims=(axis,),
+        scatter_dims_to_operand_dims=(axis,),
+    )
+    return jax.lax.scatter_add(
+        table,
+        jnp.reshape(starts[axis], 1),
+        jnp.squeeze(row, axis),
+        numbers,
+        # A slice that starts outside is moved inside.
+        mode=jax.lax.GatherScatterMode.CLIP,
+    )
 
 
 def _behind_barrier(equation: JaxprEqn, operands: list[Any]) -> list[Any]:
@@ -230,19 +264,23 @@ def _run_with_split_loops(
     jaxpr = program.jaxpr
     environment: Environment = dict(zip(jaxpr.constvars, program.consts, strict=True))
     environment.update(zip(jaxpr.invars, inputs, strict=True))
+    produced_by = producers(jaxpr)
     for equation in jaxpr.eqns:
         chosen = loops.get(id(equation))
         if chosen is None:
             outputs = run_equation(equation, *_operands(equation, environment))
         else:
             operands = [_read(v, environment) for v in equation.invars]
-            outputs = _run_split_loop(equation, chosen, operands)
+            outputs = _run_split_loop(equation, chosen, produced_by, operands)
         environment.update(zip(equation.outvars, outputs, strict=True))
     return [_read(v, environment) for v in jaxpr.outvars]
 
 
 def _run_split_loop(
-    equation: JaxprEqn, chosen: Collection[int], operands: list[Any]
+    equation: JaxprEqn,
+    chosen: Collection[int],
+    outer: dict[Var, JaxprEqn],
+    operands: list[Any],
 ) -> list[Any]:
     """Run a scan whose `chosen` outputs are contracted after the loop if they can be.
 
@@ -299,7 +337,7 @@ def _run_split_loop(
         is_carry = index < carry_count
         values = [_contracted(t, produced_by, environment, is_carry) for t in terms]
         outputs[index] = sum(values[1:], values[0])
-        if is_carry:
+        if is_carry and not is_zero(equation.invars[consts_count + index], outer):
             outputs[index] = initial[index] + outputs[index]
     return [outputs[i] for i in range(total_count)]
 
@@ -423,4 +461,5 @@ def _contracted(
         if not isinstance(v, Literal)
     ]
     run = functools.partial(run_equation, equation)
-    return (run if is_carry else jax.vmap(run))(*operands)[0]
+    outputs = (run if is_carry else jax.vmap(run))(*operands)
+    return outputs[equation.outvars.index(atom)]

@@ -479,14 +479,15 @@ class Rows(Term):
 
 @dataclasses.dataclass(frozen=True)
 class Mapped(Term):
-    """Elements of a term in other places, by the given equation."""
+    """Elements of a term in other places: one output of the given equation."""
 
     term: Term
     equation: JaxprEqn
+    output: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.equation.outvars[0].aval.shape
+        return self.equation.outvars[self.output].aval.shape
 
     @property
     def variables(self) -> tuple[Var, ...]:
@@ -519,7 +520,7 @@ class Mapped(Term):
             zero = jnp.zeros((), elements.dtype)
             config = self.equation.params["padding_config"]
             return jax.lax.pad(elements, zero, config)
-        return run_equation(self.equation, elements)[0]
+        return run_equation(self.equation, elements)[self.output]
 
     @property
     def box(self) -> tuple[tuple[int, int], ...]:

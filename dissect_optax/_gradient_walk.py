@@ -45,9 +45,12 @@ class Walk:
         equation = self._produced_by.get(atom)
         if equation is None:
             return Stored(atom, "an input")
-        return self._from_equation(atom, equation) or Stored(
-            atom, equation.primitive.name
-        )
+        term = self._from_equation(atom, equation)
+        if term is None:
+            return Stored(atom, equation.primitive.name)
+        # What is stored in any case is stored as late as possible.
+        reason = _reason_to_store(term)
+        return Stored(atom, reason) if reason else term
 
     def _from_equation(self, atom: Var, equation: JaxprEqn) -> Term | None:
         """The term that an equation makes, or nothing where it is of another kind."""
@@ -62,7 +65,7 @@ class Walk:
         if is_cast(equation):
             return self.term(first)
         if is_permutation(equation, self._produced_by):
-            return self._mapped(equation)
+            return self._mapped(atom, equation)
         if name == "concatenate":
             terms = tuple(map(self.term, equation.invars))
             return Joined(terms, equation.params["dimension"])
@@ -93,7 +96,7 @@ class Walk:
                 terms.append(self.term(part))
         return _added(terms)
 
-    def _mapped(self, equation: JaxprEqn) -> Term:
+    def _mapped(self, atom: Var, equation: JaxprEqn) -> Term:
         """A permutation; one that swaps the sides of a product is absorbed in it."""
         term = self.term(equation.invars[0])
         if equation.primitive.name == "copy":
@@ -117,7 +120,7 @@ class Walk:
                     term.precision,
                     term.name,
                 )
-        return Mapped(term, equation)
+        return Mapped(term, equation, equation.outvars.index(atom))
 
     def _scaled(self, equation: JaxprEqn) -> Term | None:
         """A product or quotient of a term with something constant."""
@@ -218,6 +221,27 @@ class Walk:
         if is_zero(table, self._produced_by):
             return rows
         return _added([self.term(table), rows])
+
+
+def _reason_to_store(term: Term) -> str | None:
+    """Why a term is stored as a whole; None if that would lose something."""
+    if isinstance(term, Stored):
+        return term.reason
+    if isinstance(term, Mapped | Scaled):
+        return _reason_to_store(term.term)
+    if isinstance(term, Joined):
+        groups = [(part,) for part in term.terms]
+    elif isinstance(term, Total):
+        groups = list(term.groups)
+    else:
+        return None
+    # One stored part is as large as the sum of all parts that it overlaps.
+    reasons = [
+        next(filter(None, map(_reason_to_store, group)), None)
+        for group in groups
+        if not all(isinstance(part, Constant) for part in group)
+    ]
+    return reasons[0] if reasons and all(reasons) else None
 
 
 def _added(terms: list[Term]) -> Term:

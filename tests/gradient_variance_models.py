@@ -172,12 +172,12 @@ def character_rnn_loss(params, tokens):
         h = jnp.tanh(h @ params["w"] + params["table"][token])
         return h, None
 
-    h, _ = jax.lax.scan(step, jnp.zeros(4), tokens, reverse=True, unroll=2)
+    h, _ = jax.lax.scan(step, jnp.zeros(8), tokens, reverse=True, unroll=2)
     return jnp.square(h).sum()
 
 
 def character_rnn():
-    params = {"table": normal(31, 4), "w": normal(4, 4)}
+    params = {"table": normal(31, 8), "w": normal(8, 8)}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 6)))
     routes = {"['table']": ROWS, "['w']": PRODUCT}
     return Model(character_rnn_loss, params, tokens, routes)
@@ -214,14 +214,14 @@ def nested_scans_loss(params, xs):
             h = jnp.tanh(h @ w + x)
             return h, h
 
-        return jax.lax.scan(step, jnp.zeros(6), xs)[1], None
+        return jax.lax.scan(step, jnp.zeros(8), xs)[1], None
 
     xs, _ = jax.lax.scan(layer, xs, params)
     return jnp.square(xs).sum()
 
 
 def nested_scans():
-    return Model(nested_scans_loss, normal(3, 6, 6), normal(4, 5, 6), {"": PRODUCT})
+    return Model(nested_scans_loss, normal(2, 8, 8), normal(4, 3, 8), {"": PRODUCT})
 
 
 def loop_over_layers_loss(params, x):
@@ -338,7 +338,10 @@ def weight_standardization_loss(params, x):
 
 def weight_standardization():
     return Model(
-        weight_standardization_loss, normal(4, 3), normal(5, 4), {"": STORED}
+        weight_standardization_loss,
+        normal(4, 3),
+        normal(5, 4),
+        {"": STORED},
     )
 
 
