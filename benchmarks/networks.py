@@ -7,7 +7,8 @@ before a transformer block.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ def _dense(random: np.random.Generator, *widths: int) -> list[Params]:
     """Weights and biases of dense layers."""
     return [
         {"w": _weights(random, n, m), "b": jnp.zeros(m)}
-        for n, m in zip(widths[:-1], widths[1:], strict=True)
+        for n, m in itertools.pairwise(widths)
     ]
 
 
@@ -68,9 +69,7 @@ def _convolve(
 
 def _pool(x: jax.Array) -> jax.Array:
     """Maximum over windows of 3×3 with stride 2."""
-    return jax.lax.reduce_window(
-        x, -jnp.inf, jax.lax.max, (3, 3, 1), (2, 2, 1), "SAME"
-    )
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (3, 3, 1), (2, 2, 1), "SAME")
 
 
 def _images(random: np.random.Generator, batch: int, classes: int) -> Example:
@@ -94,14 +93,14 @@ def mnist_mlp(batch: int) -> Network:
 
 def _cifar10_loss(params: Params, example: Example) -> jax.Array:
     x, label = example
-    for layer, padding in zip(
-        params["conv"], ("VALID", "VALID", "SAME"), strict=True
-    ):
+    for layer, padding in zip(params["conv"], ("VALID", "VALID", "SAME"), strict=True):
         x = _pool(_convolve(x, layer, padding=padding))
     return _cross_entropy(_run_dense(params["dense"], x.reshape(-1)), label)
 
 
-def _kernels(random: np.random.Generator, shapes: list[tuple[int, ...]]) -> list[Params]:
+def _kernels(
+    random: np.random.Generator, shapes: Sequence[tuple[int, ...]]
+) -> list[Params]:
     """Kernels and biases of convolutions."""
     return [{"w": _weights(random, *s), "b": jnp.zeros(s[-1])} for s in shapes]
 

@@ -190,7 +190,7 @@ def merged_moments(
     other_mean: jax.Array,
     other_spread: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and population variance of two sets together (Chan, Golub & LeVeque 1979)."""
+    """Mean and population variance of two sets together (Chan et al. 1979)."""
     total = weight + other_weight
     share = jnp.where(total > 0, other_weight / jnp.where(total > 0, total, 1), 0)
     share = share.astype(spread.dtype)

@@ -55,7 +55,9 @@ PERMUTATIONS = (
 def run_equation(equation: JaxprEqn, *operands: Any) -> list[Any]:
     """Outputs of one equation; `operands` replace its variables, literals stay."""
     values = iter(operands)
-    inputs = [v.val if isinstance(v, Literal) else next(values) for v in equation.invars]
+    inputs = [
+        v.val if isinstance(v, Literal) else next(values) for v in equation.invars
+    ]
     bound = equation.primitive.get_bind_params(equation.params)
     # Older versions of JAX give the functions that a primitive calls beside them.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
@@ -69,10 +71,22 @@ def producers(jaxpr: Jaxpr) -> dict[Var, JaxprEqn]:
     return {v: equation for equation in jaxpr.eqns for v in equation.outvars}
 
 
-def abstract(value: Any) -> jax.ShapeDtypeStruct:
+def variables(equation: JaxprEqn) -> list[Var]:
+    """Inputs of an equation that are not literals."""
+    return [v for v in equation.invars if isinstance(v, Var)]
+
+
+def abstract(value: Atom) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable, as an argument for tracing."""
-    aval = value.aval
+    aval = shaped(value)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+
+
+def shaped(atom: Atom) -> jax.core.ShapedArray:
+    """Shape and dtype of a variable or literal."""
+    aval = atom.aval
+    assert isinstance(aval, jax.core.ShapedArray)
+    return aval
 
 
 def trace(function: Callable, *arguments: Any) -> tuple[ClosedJaxpr, Any]:
@@ -92,7 +106,7 @@ def depends_on(jaxpr: Jaxpr, sources: Collection[Var]) -> set[Var]:
     """All variables whose value may depend on one of `sources`."""
     dependent = set(sources)
     for equation in jaxpr.eqns:
-        if any(not isinstance(v, Literal) and v in dependent for v in equation.invars):
+        if any(v in dependent for v in variables(equation)):
             dependent.update(equation.outvars)
     return dependent
 
@@ -117,7 +131,7 @@ def is_permutation(equation: JaxprEqn, produced_by: dict[Var, JaxprEqn]) -> bool
     if name == "pad":
         return is_zero(equation.invars[1], produced_by)
     if name in ("broadcast_in_dim", "reduce_sum"):
-        return equation.invars[0].aval.size == equation.outvars[0].aval.size
+        return shaped(equation.invars[0]).size == shaped(equation.outvars[0]).size
     return True
 
 
@@ -125,7 +139,7 @@ def is_cast(equation: JaxprEqn) -> bool:
     """Whether the equation changes the precision of a number and nothing else."""
     if equation.primitive.name != "convert_element_type":
         return False
-    before, after = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
+    before, after = shaped(equation.invars[0]).dtype, shaped(equation.outvars[0]).dtype
     kinds = (jnp.floating, jnp.complexfloating)
     return any(
         jnp.issubdtype(before, kind) and jnp.issubdtype(after, kind) for kind in kinds
@@ -171,7 +185,7 @@ def _places_one_row(equation: JaxprEqn, produced_by: dict[Var, JaxprEqn]) -> boo
         return False
     table, row, *_ = equation.invars
     partial = [
-        n for n, m in zip(row.aval.shape, table.aval.shape, strict=True) if n != m
+        n for n, m in zip(shaped(row).shape, shaped(table).shape, strict=True) if n != m
     ]
     return partial == [1] and is_zero(table, produced_by)
 
@@ -216,7 +230,7 @@ def _read(atom: Atom, environment: Environment) -> Any:
 
 def _operands(equation: JaxprEqn, environment: Environment) -> list[Any]:
     """Values of an equation's variables, literals left out."""
-    return [environment[v] for v in equation.invars if not isinstance(v, Literal)]
+    return [environment[v] for v in variables(equation)]
 
 
 def _with_outputs(jaxpr: Jaxpr, outputs: Sequence[Atom]) -> Jaxpr:
@@ -227,9 +241,7 @@ def _with_outputs(jaxpr: Jaxpr, outputs: Sequence[Atom]) -> Jaxpr:
 # ---- Taking sums of products out of loops ------------------------------------------
 
 
-def without_accumulation(
-    program: ClosedJaxpr, outputs: Collection[int]
-) -> ClosedJaxpr:
+def without_accumulation(program: ClosedJaxpr, outputs: Collection[int]) -> ClosedJaxpr:
     """The same program; loops that add up products for `outputs` collect factors."""
     jaxpr = program.jaxpr
     produced_by = producers(jaxpr)
@@ -296,7 +308,7 @@ def _run_split_loop(
     produced_by = producers(jaxpr)
     carried = jaxpr.invars[consts_count : consts_count + carry_count]
     slices = jaxpr.invars[consts_count + carry_count :]
-    increments: dict[int, list[Var]] = {}
+    increments: dict[int, list[Atom]] = {}
     for index in sorted(chosen):
         is_carry = index < carry_count
         old = carried[index] if is_carry else None
@@ -366,12 +378,12 @@ def _increment(
 ) -> list[Atom]:
     """Terms that a loop adds to its carry `old`, or that make a stacked output."""
     if old is None:
-        return [jaxpr.outvars[index]]
+        return list[Atom]([jaxpr.outvars[index]])
     uses = [v for equation in jaxpr.eqns for v in equation.invars]
     if sum(v is old for v in [*uses, *jaxpr.outvars]) != 1:
         return []
     terms: list[Atom] = []
-    pending = [jaxpr.outvars[index]]
+    pending: list[Atom] = [jaxpr.outvars[index]]
     while pending:
         atom = pending.pop()
         equation = None if isinstance(atom, Literal) else produced_by.get(atom)
@@ -383,9 +395,7 @@ def _increment(
     return others if len(others) == len(terms) - 1 else []
 
 
-def _is_product(
-    atom: Atom, produced_by: dict[Var, JaxprEqn], is_carry: bool
-) -> bool:
+def _is_product(atom: Atom, produced_by: dict[Var, JaxprEqn], is_carry: bool) -> bool:
     """Whether a value is made of products that are larger than their factors."""
     equation = None if isinstance(atom, Literal) else produced_by.get(atom)
     if equation is None:
@@ -397,34 +407,39 @@ def _is_product(
     if name == "neg" or is_cast(equation) or is_permutation(equation, produced_by):
         plain = all(isinstance(v, Literal) for v in others)
         return plain and _is_product(first, produced_by, is_carry)
-    size = equation.outvars[0].aval.size
+    size = shaped(equation.outvars[0]).size
     if name == "dot_general":
-        return size > first.aval.size + others[0].aval.size
+        return (
+            len(variables(equation)) == 2
+            and size > shaped(first).size + shaped(others[0]).size
+        )
     if name == "scatter-add":
         return (
             is_carry
+            and not any(isinstance(v, Literal) for v in others)
             and is_zero(first, produced_by)
             and not equation.params["dimension_numbers"].operand_batching_dims
-            and size > others[1].aval.size
+            and size > shaped(others[1]).size
         )
     return False
 
 
-def _factors(atom: Var, produced_by: dict[Var, JaxprEqn]) -> list[Var]:
+def _factors(atom: Atom, produced_by: dict[Var, JaxprEqn]) -> list[Var]:
     """The variables that the products behind a value multiply."""
+    assert isinstance(atom, Var)
     equation = produced_by[atom]
     if equation.primitive.name == "dot_general":
-        return list(equation.invars)
+        return variables(equation)
     if equation.primitive.name == "scatter-add":
-        return list(equation.invars[1:])
-    operands = [v for v in equation.invars if not isinstance(v, Literal)]
-    return [factor for v in operands for factor in _factors(v, produced_by)]
+        return variables(equation)[-2:]
+    return [factor for v in variables(equation) for factor in _factors(v, produced_by)]
 
 
 def _contracted(
-    atom: Var, produced_by: dict[Var, JaxprEqn], stacks: Environment, is_carry: bool
+    atom: Atom, produced_by: dict[Var, JaxprEqn], stacks: Environment, is_carry: bool
 ) -> jax.Array:
     """A product of every step of a loop: their sum for a carry, else their stack."""
+    assert isinstance(atom, Var)
     equation = produced_by[atom]
     name = equation.primitive.name
     if name == "dot_general":
@@ -437,9 +452,10 @@ def _contracted(
             left, right = [0, *left], [0, *right]
         else:
             left_batch, right_batch = [0, *left_batch], [0, *right_batch]
+        first, second = variables(equation)
         return jax.lax.dot_general(
-            stacks[equation.invars[0]],
-            stacks[equation.invars[1]],
+            stacks[first],
+            stacks[second],
             ((left, right), (left_batch, right_batch)),
             precision=equation.params["precision"],
             preferred_element_type=equation.params["preferred_element_type"],
@@ -447,18 +463,17 @@ def _contracted(
     if name == "scatter-add":
         numbers = equation.params["dimension_numbers"]
         windows = tuple(d + 1 for d in numbers.update_window_dims)
-        result = equation.outvars[0].aval
+        result = shaped(equation.outvars[0])
+        *_, indices, updates = variables(equation)
         return jax.lax.scatter_add(
             jnp.zeros(result.shape, result.dtype),
-            stacks[equation.invars[1]],
-            stacks[equation.invars[2]],
+            stacks[indices],
+            stacks[updates],
             numbers._replace(update_window_dims=windows),
             mode=equation.params["mode"],
         )
     operands = [
-        _contracted(v, produced_by, stacks, is_carry)
-        for v in equation.invars
-        if not isinstance(v, Literal)
+        _contracted(v, produced_by, stacks, is_carry) for v in variables(equation)
     ]
     run = functools.partial(run_equation, equation)
     outputs = (run if is_carry else jax.vmap(run))(*operands)

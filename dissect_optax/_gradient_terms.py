@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from dissect_optax import _formulas
-from dissect_optax._gradient_program import Environment, run_equation
+from dissect_optax._gradient_program import Environment, run_equation, shaped
 
 Moments = tuple[jax.Array, jax.Array]
 
@@ -125,7 +125,7 @@ class Stored(Term):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.variable.aval.shape
+        return shaped(self.variable).shape
 
     @property
     def variables(self) -> tuple[Var, ...]:
@@ -162,7 +162,7 @@ class Constant(Term):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.variable.aval.shape
+        return shaped(self.variable).shape
 
     @property
     def variables(self) -> tuple[Var, ...]:
@@ -236,9 +236,9 @@ class Patches:
 
 @dataclasses.dataclass(frozen=True)
 class KernelEntries:
-    """[out feature, feature, *space] in the order `spec` becomes [entries, groups, out].
+    """What each window of `Patches` is multiplied with.
 
-    The counterpart of `Patches`: what each window is multiplied with.
+    [out feature, feature, *space] in the order `spec` becomes [entries, groups, out].
     """
 
     spec: tuple[int, ...]
@@ -269,7 +269,7 @@ class Contraction(Term):
     @functools.cached_property
     def factors(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Shapes of the two factors for one example."""
-        left, right = self.left[0].aval, self.right[0].aval
+        left, right = shaped(self.left[0]), shaped(self.right[0])
         factors = []
         for aval, view in ((left, self.left_view), (right, self.right_view)):
             factor = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
@@ -388,7 +388,7 @@ class Rows(Term):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.equation.outvars[0].aval.shape
+        return shaped(self.equation.outvars[0]).shape
 
     @property
     def variables(self) -> tuple[Var, ...]:
@@ -399,10 +399,10 @@ class Rows(Term):
         return ("table rows (scatter-add)",)
 
     def extra_memory(self, examples: int) -> int:
-        return 4 * examples * self.updates.aval.size
+        return 4 * examples * shaped(self.updates).size
 
     def extra_operations(self, examples: int) -> int:
-        return 8 * examples * self.updates.aval.size
+        return 8 * examples * shaped(self.updates).size
 
     def value(self, environment: Mapping[Var, Any], batch: Batch) -> jax.Array:
         updates = environment[self.updates]
@@ -458,16 +458,20 @@ class Rows(Term):
         # Examples that do not read the row have gradient zero there.
         absent = 1 - sorted_sum(shares, row_of_pair)
         spread += jnp.maximum(absent, 0) * _formulas.squared_magnitude(mean)
-        return tuple(
-            jnp.moveaxis(
-                jnp.zeros((height, *row_shape), part.dtype)
-                .at[table_of_row]
-                .set(part.reshape(count, *row_shape), mode="drop"),
-                0,
-                axis,
-            )
-            for part in (mean, batch.scaled(spread))
-        )
+        place = functools.partial(self._place, table_of_row, row_shape, axis)
+        return place(mean), place(batch.scaled(spread))
+
+    def _place(
+        self,
+        table_of_row: jax.Array,
+        row_shape: tuple[int, ...],
+        axis: int,
+        rows: jax.Array,
+    ) -> jax.Array:
+        """The table with the given rows, zero elsewhere."""
+        table = jnp.zeros((self.shape[axis], *row_shape), rows.dtype)
+        rows = rows.reshape(-1, *row_shape)
+        return jnp.moveaxis(table.at[table_of_row].set(rows, mode="drop"), 0, axis)
 
     def _valid(self, indices: jax.Array, height: int) -> jax.Array:
         """Indices as the look-up treats them: clipped, or `height` where dropped."""
@@ -478,16 +482,10 @@ class Rows(Term):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mapped(Term):
-    """Elements of a term in other places: one output of the given equation."""
+class Wrapped(Term):
+    """A term whose elements are changed one by one, or moved."""
 
     term: Term
-    equation: JaxprEqn
-    output: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.equation.outvars[self.output].aval.shape
 
     @property
     def variables(self) -> tuple[Var, ...]:
@@ -506,6 +504,18 @@ class Mapped(Term):
 
     def extra_operations(self, examples: int) -> int:
         return self.term.extra_operations(examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped(Wrapped):
+    """Elements of a term in other places: one output of the given equation."""
+
+    equation: JaxprEqn
+    output: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shaped(self.equation.outvars[self.output]).shape
 
     def value(self, environment: Mapping[Var, Any], batch: Batch) -> jax.Array:
         return self._place(self.term.value(environment, batch))
@@ -536,10 +546,9 @@ class Mapped(Term):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rearranged(Term):
-    """A convolution kernel's gradient [groups, positions, in, out] as the network has it."""
+class KernelGradient(Wrapped):
+    """A product [groups, positions, in, out] in the order of the network's kernel."""
 
-    term: Term
     positions: tuple[int, ...]
     spec: tuple[int, ...]
 
@@ -548,30 +557,12 @@ class Rearranged(Term):
         shape = jax.ShapeDtypeStruct(self.term.shape, jnp.float32)
         return jax.eval_shape(self._place, shape).shape
 
-    @property
-    def variables(self) -> tuple[Var, ...]:
-        return self.term.variables
-
-    @property
-    def routes(self) -> tuple[str, ...]:
-        return self.term.routes
-
-    @property
-    def workspace(self) -> int:
-        return self.term.workspace
-
     def value(self, environment: Mapping[Var, Any], batch: Batch) -> jax.Array:
         return self._place(self.term.value(environment, batch))
 
     def moments(self, batch: Batch) -> Moments:
         mean, spread = self.term.moments(batch)
         return self._place(mean), self._place(spread)
-
-    def extra_memory(self, examples: int) -> int:
-        return self.term.extra_memory(examples)
-
-    def extra_operations(self, examples: int) -> int:
-        return self.term.extra_operations(examples)
 
     def _place(self, elements: jax.Array) -> jax.Array:
         """From [groups, positions, batch, out per group] to the order `spec`."""
@@ -586,10 +577,9 @@ class Rearranged(Term):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled(Term):
+class Scaled(Wrapped):
     """A term times (or divided by) something that is the same for all examples."""
 
-    term: Term
     factor: Constant | float
     divide: bool
 
@@ -601,20 +591,6 @@ class Scaled(Term):
     def variables(self) -> tuple[Var, ...]:
         own = self.factor.variables if isinstance(self.factor, Constant) else ()
         return (*self.term.variables, *own)
-
-    @property
-    def routes(self) -> tuple[str, ...]:
-        return self.term.routes
-
-    @property
-    def workspace(self) -> int:
-        return self.term.workspace
-
-    def extra_memory(self, examples: int) -> int:
-        return self.term.extra_memory(examples)
-
-    def extra_operations(self, examples: int) -> int:
-        return self.term.extra_operations(examples)
 
     def value(self, environment: Mapping[Var, Any], batch: Batch) -> jax.Array:
         return self._scale(self.term.value(environment, batch), self._factor(batch))
@@ -637,10 +613,27 @@ class Scaled(Term):
 
 
 @dataclasses.dataclass(frozen=True)
-class Joined(Term):
-    """Terms side by side along one axis."""
+class Several(Term):
+    """Terms that together make one."""
 
     terms: tuple[Term, ...]
+
+    @property
+    def variables(self) -> tuple[Var, ...]:
+        return tuple(v for term in self.terms for v in term.variables)
+
+    @property
+    def workspace(self) -> int:
+        return self.size + sum(term.workspace for term in self.terms)
+
+    def extra_operations(self, examples: int) -> int:
+        return sum(term.extra_operations(examples) for term in self.terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(Several):
+    """Terms side by side along one axis."""
+
     axis: int
 
     @property
@@ -650,22 +643,12 @@ class Joined(Term):
         return tuple(shape)
 
     @property
-    def variables(self) -> tuple[Var, ...]:
-        return tuple(v for term in self.terms for v in term.variables)
-
-    @property
     def routes(self) -> tuple[str, ...]:
-        return tuple(route for term in self.terms for route in term.routes)
-
-    @property
-    def workspace(self) -> int:
-        return self.size + sum(term.workspace for term in self.terms)
+        routes = (route for term in self.terms for route in term.routes)
+        return tuple(dict.fromkeys(routes))
 
     def extra_memory(self, examples: int) -> int:
         return max(term.extra_memory(examples) for term in self.terms)
-
-    def extra_operations(self, examples: int) -> int:
-        return sum(term.extra_operations(examples) for term in self.terms)
 
     def value(self, environment: Mapping[Var, Any], batch: Batch) -> jax.Array:
         values = [term.value(environment, batch) for term in self.terms]
@@ -677,18 +660,12 @@ class Joined(Term):
 
 
 @dataclasses.dataclass(frozen=True)
-class Total(Term):
+class Total(Several):
     """The sum of terms: a shared parameter, or several uses of its parts."""
-
-    terms: tuple[Term, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.terms[0].shape
-
-    @property
-    def variables(self) -> tuple[Var, ...]:
-        return tuple(v for term in self.terms for v in term.variables)
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -700,7 +677,7 @@ class Total(Term):
 
     @functools.cached_property
     def groups(self) -> tuple[tuple[Term, ...], ...]:
-        """Terms that share elements, together; constants shift the mean on their own."""
+        """Terms that share elements, together; a constant is on its own."""
         groups: list[list[Term]] = []
         for term in self.terms:
             meets = [group for group in groups if any(_overlap(term, t) for t in group)]
@@ -709,10 +686,6 @@ class Total(Term):
             groups.append([*merged, term])
         return tuple(map(tuple, groups))
 
-    @property
-    def workspace(self) -> int:
-        return self.size + sum(term.workspace for term in self.terms)
-
     def extra_memory(self, examples: int) -> int:
         return max(
             group[0].extra_memory(examples)
@@ -720,9 +693,6 @@ class Total(Term):
             else chunk_size(self, examples) * self.workspace
             for group in self.groups
         )
-
-    def extra_operations(self, examples: int) -> int:
-        return sum(term.extra_operations(examples) for term in self.terms)
 
     def value(self, environment: Mapping[Var, Any], batch: Batch) -> jax.Array:
         values = [term.value(environment, batch) for term in self.terms]

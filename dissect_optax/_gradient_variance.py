@@ -21,10 +21,11 @@ from dissect_optax._gradient_program import (
     Atom,
     depends_on,
     select,
+    shaped,
     trace,
     without_accumulation,
 )
-from dissect_optax._gradient_terms import Batch, Constant, Moments, Term, accumulator
+from dissect_optax._gradient_terms import Batch, Moments, Term, accumulator
 from dissect_optax._gradient_walk import Walk
 
 PyTree = Any
@@ -153,14 +154,14 @@ def _value_grad_and_variance(
     if weights is not None:
         weights = _checked_weights(weights, size)
     plan = _plan(loss, has_aux, params, batch, shared)
-    in_parts = microbatch_size is not None and microbatch_size < size
-    merged = in_parts or axis_name is not None
+    part = size if microbatch_size is None else min(microbatch_size, size)
+    merged = part < size or axis_name is not None
     run = functools.partial(
         _summary, plan, two_pass, precision, not merged, jax.tree.leaves(params)
     )
     examples = (jax.tree.leaves(batch), weights)
-    if in_parts:
-        summary, aux = _in_microbatches(run, examples, size, microbatch_size)
+    if part < size:
+        summary, aux = _in_microbatches(run, examples, size, part)
     else:
         summary, aux = run(examples)
     if axis_name is not None:
@@ -175,12 +176,15 @@ def _value_grad_and_variance(
         extra, extra_grad = jax.value_and_grad(regularizer)(params)
         value = value + extra
         grads = [g + e for g, e in zip(grads, jax.tree.leaves(extra_grad), strict=True)]
-    leaves, tree = jax.tree.flatten(params)
+    leaves = jax.tree.leaves(params)
     grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
-    value = value.astype(plan.value.aval.dtype)
-    if has_aux:
-        value = (value, jax.tree.unflatten(plan.aux_tree, aux))
-    return value, tree.unflatten(grads), tree.unflatten(variances)
+    value = value.astype(shaped(plan.value).dtype)
+    tree = jax.tree.structure(params)
+    return (
+        (value, jax.tree.unflatten(plan.aux_tree, aux)) if has_aux else value,
+        jax.tree.unflatten(tree, grads),
+        jax.tree.unflatten(tree, variances),
+    )
 
 
 # ---- Plan and summary --------------------------------------------------------------
@@ -205,7 +209,7 @@ def _plan(
     dependent = depends_on(jaxpr, jaxpr.invars[count:])
     walk = Walk(jaxpr, dependent)
     terms = [walk.term(v) for v in jaxpr.outvars[outputs - count :]]
-    dtypes = [accumulator(v.aval.dtype) for v in jaxpr.outvars[outputs - count :]]
+    dtypes = [accumulator(shaped(v).dtype) for v in jaxpr.outvars[outputs - count :]]
     weight_dtype = jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
     return _Plan(
         program,
@@ -396,7 +400,9 @@ def _merged_over_axis(summary: _Summary, axis_name: Any) -> _Summary:
     """Summary of all devices along a mapped axis."""
     weight = jax.lax.psum(summary.weight, axis_name)
     share = summary.weight / jnp.where(weight > 0, weight, 1)
-    means = [jax.lax.psum(share.astype(m.real.dtype) * m, axis_name) for m in summary.means]
+    means = [
+        jax.lax.psum(share.astype(m.real.dtype) * m, axis_name) for m in summary.means
+    ]
     spreads = [
         jax.lax.psum(
             share.astype(s.dtype) * (s + _formulas.squared_magnitude(local - mean)),

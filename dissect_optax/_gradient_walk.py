@@ -1,6 +1,5 @@
 """From the output of a gradient program back to the terms that it is made of."""
 
-import functools
 import math
 from collections.abc import Collection
 
@@ -13,15 +12,16 @@ from dissect_optax._gradient_program import (
     is_permutation,
     is_zero,
     producers,
+    shaped,
 )
 from dissect_optax._gradient_terms import (
     Constant,
     Contraction,
     Joined,
     KernelEntries,
+    KernelGradient,
     Mapped,
     Patches,
-    Rearranged,
     Rows,
     Scaled,
     Stored,
@@ -89,7 +89,9 @@ class Walk:
         pending: list[Atom] = [atom]
         while pending:
             part = pending.pop()
-            equation = None if isinstance(part, Literal) else self._produced_by.get(part)
+            equation = (
+                None if isinstance(part, Literal) else self._produced_by.get(part)
+            )
             if equation is not None and equation.primitive.name in ADDITIONS:
                 pending.extend(equation.invars)
             elif not is_zero(part, self._produced_by):
@@ -128,7 +130,10 @@ class Walk:
         divide = equation.primitive.name == "div"
         if not divide and self._is_constant(left):
             left, right = right, left
-        if not self._is_constant(right) or left.aval.shape != equation.outvars[0].aval.shape:
+        if (
+            not self._is_constant(right)
+            or shaped(left).shape != shaped(equation.outvars[0]).shape
+        ):
             return None
         return Scaled(self.term(left), Constant(right), divide)
 
@@ -139,12 +144,14 @@ class Walk:
     def _product(self, equation: JaxprEqn) -> Term | None:
         """A matrix product, unless it is smaller than what it multiplies."""
         left, right = equation.invars
+        if isinstance(left, Literal) or isinstance(right, Literal):
+            return None
         (left_dims, right_dims), (left_batch, right_batch) = equation.params[
             "dimension_numbers"
         ]
-        depth = math.prod(left.aval.shape[d] for d in left_dims)
-        size = equation.outvars[0].aval.size
-        if depth != 1 and size <= max(left.aval.size, right.aval.size):
+        depth = math.prod(shaped(left).shape[d] for d in left_dims)
+        size = shaped(equation.outvars[0]).size
+        if depth != 1 and size <= max(shaped(left).size, shaped(right).size):
             return None
         return Contraction(
             (left,),
@@ -163,11 +170,13 @@ class Walk:
         """A convolution as a product of patches."""
         image, kernel = equation.invars
         params = equation.params
+        if isinstance(image, Literal) or isinstance(kernel, Literal):
+            return None
         if params["feature_group_count"] != 1:
             return None
         numbers = params["dimension_numbers"]
         lhs, rhs, out = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-        shape = equation.outvars[0].aval.shape
+        shape = shaped(equation.outvars[0]).shape
         positions = tuple(shape[d] for d in out[2:])
         groups = params["batch_group_count"]
         padding = tuple(
@@ -179,7 +188,7 @@ class Walk:
         patches = Patches(
             tuple(lhs),
             padding,
-            tuple(kernel.aval.shape[d] for d in rhs[2:]),
+            tuple(shaped(kernel).shape[d] for d in rhs[2:]),
             tuple(params["rhs_dilation"]),
             positions,
             tuple(params["window_strides"]),
@@ -195,18 +204,20 @@ class Walk:
             params["precision"],
             "conv_general_dilated",
         )
-        return Rearranged(product, positions, tuple(out))
+        return KernelGradient(product, positions, tuple(out))
 
     def _rows(self, equation: JaxprEqn) -> Term | None:
         """Whole rows along one axis, added to something."""
         table, indices, updates = equation.invars
+        if isinstance(indices, Literal) or isinstance(updates, Literal):
+            return None
         numbers = equation.params["dimension_numbers"]
         inserted = tuple(numbers.inserted_window_dims)
         whole = all(
-            updates.aval.shape[u] == table.aval.shape[t]
+            shaped(updates).shape[u] == shaped(table).shape[t]
             for u, t in zip(
                 numbers.update_window_dims,
-                [d for d in range(table.aval.ndim) if d not in inserted],
+                [d for d in range(shaped(table).ndim) if d not in inserted],
                 strict=False,
             )
         )
@@ -230,7 +241,7 @@ def _reason_to_store(term: Term) -> str | None:
     if isinstance(term, Mapped | Scaled):
         return _reason_to_store(term.term)
     if isinstance(term, Joined):
-        groups = [(part,) for part in term.terms]
+        groups: list[tuple[Term, ...]] = [(part,) for part in term.terms]
     elif isinstance(term, Total):
         groups = list(term.groups)
     else:
@@ -261,7 +272,7 @@ def _added(terms: list[Term]) -> Term:
 
 def _layout(term: Term) -> object:
     """What two products must share to be computed as one."""
-    if isinstance(term, Rearranged):
+    if isinstance(term, KernelGradient):
         return (term.positions, term.spec, _layout(term.term))
     if isinstance(term, Contraction):
         factors = tuple((f.shape, f.dtype) for f in term.factors)
@@ -272,8 +283,8 @@ def _layout(term: Term) -> object:
 
 def _deepened(one: Term, other: Term) -> Term:
     """Two products of the same layout as one."""
-    if isinstance(one, Rearranged) and isinstance(other, Rearranged):
-        return Rearranged(_deepened(one.term, other.term), one.positions, one.spec)
+    if isinstance(one, KernelGradient) and isinstance(other, KernelGradient):
+        return KernelGradient(_deepened(one.term, other.term), one.positions, one.spec)
     assert isinstance(one, Contraction)
     assert isinstance(other, Contraction)
     return Contraction(

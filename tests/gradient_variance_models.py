@@ -203,9 +203,7 @@ def scan_over_layers_loss(params, xs):
 
 
 def scan_over_layers():
-    return Model(
-        scan_over_layers_loss, normal(3, 6, 6), normal(4, 2, 6), {"": PRODUCT}
-    )
+    return Model(scan_over_layers_loss, normal(3, 6, 6), normal(4, 2, 6), {"": PRODUCT})
 
 
 def nested_scans_loss(params, xs):
@@ -315,7 +313,9 @@ def channels_first_loss(params, x):
 
 
 def channels_first():
-    return Model(channels_first_loss, normal(5, 2, 3), normal(3, 2, 8), {"": CONVOLUTION})
+    return Model(
+        channels_first_loss, normal(5, 2, 3), normal(3, 2, 8), {"": CONVOLUTION}
+    )
 
 
 def shared_convolution_loss(params, x):

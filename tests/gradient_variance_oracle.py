@@ -1,4 +1,4 @@
-"""The variance of a mini-batch gradient from per-example gradients, in NumPy float64."""
+"""The variance of a mini-batch gradient in NumPy float64."""
 
 import numpy as np
 

@@ -33,5 +33,7 @@ def test_equals_per_example_gradients_and_takes_the_expected_route(name):
 
     report = dissect_optax.explain_variance(loss)(params, batch, *shared)
     taken = {row.parameter: ", ".join(row.routes) for row in report}
-    taken = {k: re.sub(r"(stored gradients) \([^)]*\)", r"\1", r) for k, r in taken.items()}
+    taken = {
+        k: re.sub(r"(stored gradients) \([^)]*\)", r"\1", r) for k, r in taken.items()
+    }
     assert taken == routes
