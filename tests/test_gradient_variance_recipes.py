@@ -1,0 +1,60 @@
+"""The code in docs/gradient_variance.md, on one device and on eight."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "gradient_variance.md"
+
+
+def recipes():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 8
+    return "\n".join(blocks)
+
+
+def test_the_page_runs():
+    # Flax broadcasts biases.
+    with jax.numpy_rank_promotion("allow"):
+        exec(compile(recipes(), str(PAGE), "exec"), {})
+
+
+SHARDED = """
+assert jax.device_count() == 8
+whole = dissect_optax.value_grad_and_variance(loss)
+results = [
+    jax.jit(everywhere)(params, sharded),
+    jax.jit(whole)(params, sharded),
+    jax.jit(whole)(params, batch),
+]
+leaves = [jax.tree.leaves(result) for result in results]
+for one, two, three in zip(*leaves, strict=True):
+    scale = abs(three).max()
+    assert abs(one - three).max() <= 1e-12 * scale
+    assert abs(two - three).max() <= 1e-12 * scale
+each = jax.vmap(jax.grad(loss), (None, 0))(params, batch)["w1"]
+wanted = each.var(0, ddof=1) / 64
+assert abs(results[0][2]["w1"] - wanted).max() <= 1e-12 * wanted.max()
+"""
+
+
+def test_a_batch_on_eight_devices_gives_the_same_in_float64():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_ENABLE_X64": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", recipes() + SHARDED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
