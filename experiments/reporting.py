@@ -171,7 +171,7 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
         table.add_row(
             effect.comparison,
             f"{effect.mean:+.2f} ± {effect.half_width:.2f}",
-            "within noise" if effect.within_noise else "beyond noise",
+            "within noise" if effect.within_noise else "beyond seed noise",
         )
     return table
 
