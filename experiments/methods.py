@@ -21,13 +21,15 @@ class Method:
       label: Name in figures and tables.
       factory: From a learning rate to the optimizer.
       first_guess: Step size where the search for the largest stable one begins. It
-          costs time when it is far off; it does not change what is found.
+        costs time when it is far off; it does not change what is found.
+      needs_variance: Whether the optimizer asks for the mini-batch's gradient variance.
     """
 
     name: str
     label: str
     factory: OptimizerFactory
     first_guess: float = 1.0
+    needs_variance: bool = False
 
 
 # M-SGD steps along the sum of about ten gradients, M-SVAG along their average, hence
@@ -41,6 +43,8 @@ _PAPER_METHODS = (
     Method("ssd", "SSD", dissect_optax.ssd, 0.1),
     Method("svag", "SVAG", dissect_optax.svag, 1.0),
     Method("adam_star", "ADAM*", dissect_optax.adam_star, 0.1),
+    Method("m_svag_mb", "M-SVAG-mb", dissect_optax.m_svag_mb, 6.0, True),
+    Method("adam_star_mb", "ADAM*-mb", dissect_optax.adam_star_mb, 0.1, True),
 )
 METHODS = {method.name: method for method in _PAPER_METHODS}
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from dissect_optax import value_grad_and_variance
 from experiments.data import (
     Dataset,
     Examples,
@@ -149,9 +150,15 @@ def _batch_loss(problem: Problem, params: nnx.State, batch: _Input) -> jax.Array
     return jnp.mean(jax.vmap(loss)(batch))
 
 
-def _gradient(problem: Problem, params: nnx.State, batch: _Input) -> nnx.State:
-    """Gradient of the mean cross-entropy, without the L2 term."""
-    return jax.grad(functools.partial(_batch_loss, problem))(params, batch)
+def _gradient(
+    problem: Problem, method: Method, params: nnx.State, batch: _Input
+) -> tuple[nnx.State, dict[str, nnx.State]]:
+    """Gradient of the mean cross-entropy, and what else the optimizer asks for."""
+    if method.needs_variance:
+        loss = functools.partial(_example_loss, problem)
+        _, gradient, variance = value_grad_and_variance(loss)(params, batch)
+        return gradient, {"grad_variance": variance}
+    return jax.grad(functools.partial(_batch_loss, problem))(params, batch), {}
 
 
 def _train_step(
@@ -170,8 +177,8 @@ def _train_step(
         noise_key, (2, settings.batch_size)
     )
     inputs = jax.vmap(problem.training_input)(batch.image, augmentation_keys)
-    gradient = _gradient(
-        problem, state.params, _Input(inputs, batch.label, dropout_keys)
+    gradient, extra_args = _gradient(
+        problem, method, state.params, _Input(inputs, batch.label, dropout_keys)
     )
     # The penalty is no random variable: it moves the gradient, not its variance.
     gradient = jax.tree.map(
@@ -179,7 +186,7 @@ def _train_step(
     )
     optimizer = _optimizer(problem, method, member.learning_rate)
     updates, optimizer_state = optimizer.update(
-        gradient, state.optimizer_state, state.params
+        gradient, state.optimizer_state, state.params, **extra_args
     )
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, optimizer_state)
