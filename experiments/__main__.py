@@ -14,12 +14,18 @@ from tyro.conf import Positional
 
 from experiments import reporting
 from experiments.errors import UserError, unknown_name
-from experiments.figures import training_curves
+from experiments.figures import (
+    adaptation_factors,
+    training_curves,
+    variance_adaptation_sketch,
+    wrong_sign_mass,
+)
 from experiments.methods import FOUR_METHODS, get_method
 from experiments.problems import PROBLEMS, get_problem
 from experiments.progress import Monitor
 from experiments.records import Store, to_text, write_atomically
 from experiments.running import Session, complete
+from experiments.studies import catalogue
 from experiments.tuning import Outcome, outcome, replicate, tune
 
 _PROGRAM = "python -m experiments"
@@ -213,12 +219,60 @@ def figure(
     print(f"Figure:  {FIGURES[number](problems, options)}")
 
 
+# ---- Studies of the theory --------------------------------------------------------
+
+
+def quadratic(*, options: _Options = _DEFAULTS) -> None:
+    """Compare SGD and SSD on stochastic quadratic problems, and draw Figure 2.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("quadratic", "figure_2", options)
+
+
+def sign_map(*, options: _Options = _DEFAULTS) -> None:
+    """Map where the sign is better: noise, conditioning and rotation of the basis.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("map", "sign_map", options)
+
+
+def convergence(*, options: _Options = _DEFAULTS) -> None:
+    """See Theorem 1: idealised SVAG converges at a constant step size, SGD does not.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("convergence", "theorem_1", options)
+
+
+def _study(name: str, figure_name: str, options: Options) -> None:
+    """Runs a study, prints its reading and draws it."""
+    summary = catalogue.report(name, options.runs_dir, smoke=options.smoke)
+    path = catalogue.draw(
+        name,
+        options.runs_dir,
+        _figure_path(figure_name, options),
+        smoke=options.smoke,
+    )
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
+
+
 # ---- Figures ----------------------------------------------------------------------
 
 
 def _suffix(options: Options) -> str:
     """Keeps what a smoke test writes apart from results."""
     return "_smoke" if options.smoke else ""
+
+
+def _figure_path(name: str, options: Options) -> Path:
+    """Where a figure goes."""
+    return options.runs_dir / "figures" / f"{name}{_suffix(options)}.png"
 
 
 def _curves_path(problems: Sequence[str], options: Options) -> Path:
@@ -236,9 +290,38 @@ def draw_training_curves(problems: Sequence[str], options: Options) -> Path:
     return training_curves.draw(columns, _curves_path(problems, options))
 
 
+def draw_sketch(problems: Sequence[str], options: Options) -> Path:
+    """Figure 1; returns its path."""
+    del problems
+    return variance_adaptation_sketch.draw(_figure_path("figure_1", options))
+
+
+def draw_quadratics(problems: Sequence[str], options: Options) -> Path:
+    """Figure 2 from the record of its study; returns its path."""
+    del problems
+    path = _figure_path("figure_2", options)
+    return catalogue.draw("quadratic", options.runs_dir, path, smoke=options.smoke)
+
+
+def draw_wrong_sign_mass(problems: Sequence[str], options: Options) -> Path:
+    """Figure 4; returns its path."""
+    del problems
+    return wrong_sign_mass.draw(_figure_path("figure_4", options))
+
+
+def draw_factors(problems: Sequence[str], options: Options) -> Path:
+    """Figure 5; returns its path."""
+    del problems
+    return adaptation_factors.draw(_figure_path("figure_5", options))
+
+
 # A study adds its figure, and its command, by a row.
 FIGURES: dict[int, Callable[[Sequence[str], Options], Path]] = {
+    1: draw_sketch,
+    2: draw_quadratics,
     3: draw_training_curves,
+    4: draw_wrong_sign_mass,
+    5: draw_factors,
 }
 COMMANDS: dict[str, Callable[..., Any]] = {
     "reproduce": reproduce,
@@ -246,6 +329,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tune": tune_step_sizes,
     "table": table,
     "figure": figure,
+    "quadratic": quadratic,
+    "map": sign_map,
+    "convergence": convergence,
 }
 
 

@@ -1,0 +1,1 @@
+"""Studies of the theory: pure computations that return plain, recordable numbers."""

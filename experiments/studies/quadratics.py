@@ -1,0 +1,171 @@
+"""SGD and SSD with optimal step sizes on stochastic quadratic problems, §2.2, Figure 2.
+
+Two spectra, each in a randomly rotated and in the axis-aligned eigenbasis, at three
+noise levels. The step size of every step is the exact optimum for the exact moments of
+the direction, so that nothing is tuned and nothing estimated.
+
+The paper leaves the start open. Here x* = 0 and θ is drawn from N(0, I): the obvious
+start at θ = (1, …, 1) is a sign vector away from the minimum, and SSD would solve
+every axis-aligned problem in one step. Losses are without the constant ν²/2 tr(Q).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dissect_optax import theory
+
+
+@dataclasses.dataclass(frozen=True)
+class QuadraticStudy:
+    """What determines the study.
+
+    Attributes:
+      dimensions: d.
+      steps: Steps of each run.
+      seeds: Runs per panel and method, each with its own spectrum, rotation, start
+        and noise.
+      noise_levels: ν, the standard deviation of the data.
+    """
+
+    dimensions: int = 100
+    steps: int = 100
+    seeds: int = 10
+    noise_levels: tuple[float, ...] = (0.0, 0.1, 4.0)
+
+    @property
+    def name(self) -> str:
+        """The study's name on the command line."""
+        return "quadratic"
+
+    @property
+    def count(self) -> int:
+        """How many results it has."""
+        return len(panels(self))
+
+    def run(self) -> Iterator[dict[str, Any]]:
+        """One result for each panel and method; see `run`."""
+        return run(self)
+
+
+SMOKE = QuadraticStudy(dimensions=10, steps=5, seeds=2)
+
+Direction = Callable[[jax.Array, jax.Array], theory.Direction]
+
+# The moments of each method's direction, and how a stochastic gradient becomes one.
+METHODS: dict[str, tuple[Direction, Callable[[jax.Array], jax.Array]]] = {
+    "sgd": (theory.gaussian_direction, jnp.positive),
+    "ssd": (theory.sign_direction, jnp.sign),
+}
+
+
+def draw_well_conditioned(key: jax.Array, dimensions: int) -> jax.Array:
+    """Eigenvalues drawn uniformly from [0.1, 1.1]."""
+    return jax.random.uniform(key, (dimensions,), minval=0.1, maxval=1.1)
+
+
+def draw_ill_conditioned(key: jax.Array, dimensions: int) -> jax.Array:
+    """Eigenvalues drawn from [0, 1], and one in ten from [30, 60]."""
+    small, large = jax.random.split(key)
+    count = dimensions // 10
+    return jnp.concatenate(
+        [
+            jax.random.uniform(large, (count,), minval=30.0, maxval=60.0),
+            jax.random.uniform(small, (dimensions - count,), minval=0.0, maxval=1.0),
+        ]
+    )
+
+
+SPECTRA = {
+    "well-conditioned": draw_well_conditioned,
+    "ill-conditioned": draw_ill_conditioned,
+}
+ORIENTATIONS = ("rotated", "axis-aligned")
+
+
+def optimal_step(
+    method: str, problem: theory.QuadraticProblem, params: jax.Array
+) -> jax.Array:
+    """The exact optimal step size (11) of a method's direction at a point."""
+    make_direction, _ = METHODS[method]
+    gradient = problem.gradient(params)
+    direction = make_direction(gradient, problem.gradient_covariance)
+    return theory.optimal_step_size(direction, gradient, problem.hessian)
+
+
+def descend(
+    method: str, steps: int, problem: theory.QuadraticProblem, key: jax.Array
+) -> jax.Array:
+    """Losses of one run, before the first and after every step, of shape [steps+1]."""
+    _, take = METHODS[method]
+
+    def advance(params: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sample = take(problem.sample_gradient(key, params))
+        moved = params - optimal_step(method, problem, params) * sample
+        return moved, problem.excess_loss(moved)
+
+    start_key, noise_key = jax.random.split(key)
+    start = jax.random.normal(start_key, problem.minimizer.shape)
+    _, losses = jax.lax.scan(advance, start, jax.random.split(noise_key, steps))
+    return jnp.concatenate([problem.excess_loss(start)[jnp.newaxis], losses])
+
+
+@functools.partial(jax.jit, static_argnames=("method", "steps"))
+def descend_all(
+    method: str, steps: int, problems: theory.QuadraticProblem, keys: jax.Array
+) -> jax.Array:
+    """Losses of a batch of runs, of shape [seeds, steps+1]."""
+    return jax.vmap(functools.partial(descend, method, steps))(problems, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("study", "spectrum", "orientation"))
+def make_problems(
+    study: QuadraticStudy, spectrum: str, orientation: str, noise: jax.Array
+) -> theory.QuadraticProblem:
+    """A batch of problems, one per seed; the spectra are shared by all panels."""
+    size = study.dimensions
+    keys = jax.random.split(jax.random.key(0), (study.seeds, 2))
+    draw = functools.partial(SPECTRA[spectrum], dimensions=size)
+    eigenvalues = jax.vmap(draw)(keys[:, 0])
+    rotate = functools.partial(theory.random_rotation, size=size)
+    if orientation == "rotated":
+        bases = jax.vmap(rotate)(keys[:, 1])
+    else:
+        bases = jnp.broadcast_to(jnp.eye(size), (study.seeds, size, size))
+    make = functools.partial(theory.quadratic_problem, noise=noise)
+    return jax.vmap(make)(eigenvalues, bases)
+
+
+def panels(study: QuadraticStudy) -> list[tuple[str, str, float, str]]:
+    """Spectrum, orientation, noise and method of every set of runs."""
+    return [
+        (spectrum, orientation, noise, method)
+        for spectrum in SPECTRA
+        for orientation in ORIENTATIONS
+        for noise in study.noise_levels
+        for method in METHODS
+    ]
+
+
+def run(study: QuadraticStudy) -> Iterator[dict[str, Any]]:
+    """One result for each panel and method: where it belongs, and all losses."""
+    for spectrum, orientation, noise, method in panels(study):
+        problems = make_problems(study, spectrum, orientation, jnp.asarray(noise))
+        # Both methods start from the same points and meet the same noise.
+        keys = jax.random.split(jax.random.key(1), study.seeds)
+        losses = descend_all(method, study.steps, problems, keys)
+        dominances = jax.vmap(lambda problem: problem.diagonal_dominance)(problems)
+        yield {
+            "spectrum": spectrum,
+            "orientation": orientation,
+            "noise": noise,
+            "method": method,
+            "diagonal_dominance": np.asarray(dominances).tolist(),
+            "eigenvalues": np.asarray(problems.eigenvalues[0]).tolist(),
+            "losses": np.asarray(losses).tolist(),
+        }
