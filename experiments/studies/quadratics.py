@@ -123,22 +123,23 @@ def descend_all(
     return jax.vmap(functools.partial(descend, method, steps))(problems, keys)
 
 
-@functools.partial(jax.jit, static_argnames=("study", "spectrum", "orientation"))
-def make_problems(
-    study: QuadraticStudy, spectrum: str, orientation: str, noise: jax.Array
-) -> theory.QuadraticProblem:
-    """A batch of problems, one per seed; the spectra are shared by all panels."""
+def draw_spectra(study: QuadraticStudy) -> dict[str, jax.Array]:
+    """Eigenvalues of every seed, of shape [seeds, d], by the name of the spectrum."""
+    keys = jax.random.split(jax.random.key(0), study.seeds)
+    draws = {
+        name: functools.partial(draw, dimensions=study.dimensions)
+        for name, draw in SPECTRA.items()
+    }
+    return {name: jax.vmap(draw)(keys) for name, draw in draws.items()}
+
+
+def draw_bases(study: QuadraticStudy) -> dict[str, jax.Array]:
+    """Eigenbases of every seed, of shape [seeds, d, d], by the orientation."""
     size = study.dimensions
-    keys = jax.random.split(jax.random.key(0), (study.seeds, 2))
-    draw = functools.partial(SPECTRA[spectrum], dimensions=size)
-    eigenvalues = jax.vmap(draw)(keys[:, 0])
-    rotate = functools.partial(theory.random_rotation, size=size)
-    if orientation == "rotated":
-        bases = jax.vmap(rotate)(keys[:, 1])
-    else:
-        bases = jnp.broadcast_to(jnp.eye(size), (study.seeds, size, size))
-    make = functools.partial(theory.quadratic_problem, noise=noise)
-    return jax.vmap(make)(eigenvalues, bases)
+    keys = jax.random.split(jax.random.key(1), study.seeds)
+    rotate = jax.jit(jax.vmap(functools.partial(theory.random_rotation, size=size)))
+    aligned = jnp.broadcast_to(jnp.eye(size), (study.seeds, size, size))
+    return {"rotated": rotate(keys), "axis-aligned": aligned}
 
 
 def panels(study: QuadraticStudy) -> list[tuple[str, str, float, str]]:
@@ -154,10 +155,16 @@ def panels(study: QuadraticStudy) -> list[tuple[str, str, float, str]]:
 
 def run(study: QuadraticStudy) -> Iterator[dict[str, Any]]:
     """One result for each panel and method: where it belongs, and all losses."""
+    spectra, bases = draw_spectra(study), draw_bases(study)
+    # Both methods start from the same points and meet the same noise.
+    keys = jax.random.split(jax.random.key(2), study.seeds)
     for spectrum, orientation, noise, method in panels(study):
-        problems = make_problems(study, spectrum, orientation, jnp.asarray(noise))
-        # Both methods start from the same points and meet the same noise.
-        keys = jax.random.split(jax.random.key(1), study.seeds)
+        problems = theory.QuadraticProblem(
+            eigenvalues=spectra[spectrum],
+            basis=bases[orientation],
+            minimizer=jnp.zeros((study.seeds, study.dimensions)),
+            noise=jnp.full(study.seeds, noise),
+        )
         losses = descend_all(method, study.steps, problems, keys)
         dominances = jax.vmap(lambda problem: problem.diagonal_dominance)(problems)
         yield {

@@ -144,9 +144,9 @@ def map_table(readings: list[dict[str, Any]]) -> Table:
       A table for Rich.
     """
     table = Table(
-        title="Where the sign s has a larger expected improvement than the gradient g",
-        caption="κ: the smallest condition number where s wins with an axis-aligned "
-        "basis.\nRotation: the largest part where s wins with the largest condition.",
+        title="Where the sign s is expected to improve more than the gradient g",
+        caption="κ: least condition number where s wins, axis-aligned.\n"
+        "Rotation: largest part where s wins, worst conditioned.",
         **_LOOK,
     )
     table.add_column("points")
