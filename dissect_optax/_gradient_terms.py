@@ -53,6 +53,13 @@ class Batch:
     scale: jax.Array  # what spreads are multiplied with
     two_pass: bool
     precision: jax.lax.PrecisionLike
+    known: dict[int, Moments] = dataclasses.field(default_factory=dict)
+
+    def moments(self, term: "Term") -> Moments:
+        """Mean and spread of a term, computed once where parameters share it."""
+        if id(term) not in self.known:
+            self.known[id(term)] = term.moments(self)
+        return self.known[id(term)]
 
     def scaled(self, spread: jax.Array) -> jax.Array:
         """A spread in the unit that the caller wants."""
@@ -521,7 +528,7 @@ class Mapped(Wrapped):
         return self._place(self.term.value(environment, batch))
 
     def moments(self, batch: Batch) -> Moments:
-        mean, spread = self.term.moments(batch)
+        mean, spread = batch.moments(self.term)
         return self._place(mean), self._place(spread)
 
     def _place(self, elements: jax.Array) -> jax.Array:
@@ -561,7 +568,7 @@ class KernelGradient(Wrapped):
         return self._place(self.term.value(environment, batch))
 
     def moments(self, batch: Batch) -> Moments:
-        mean, spread = self.term.moments(batch)
+        mean, spread = batch.moments(self.term)
         return self._place(mean), self._place(spread)
 
     def _place(self, elements: jax.Array) -> jax.Array:
@@ -596,7 +603,7 @@ class Scaled(Wrapped):
         return self._scale(self.term.value(environment, batch), self._factor(batch))
 
     def moments(self, batch: Batch) -> Moments:
-        mean, spread = self.term.moments(batch)
+        mean, spread = batch.moments(self.term)
         factor = self._factor(batch)
         square = _formulas.squared_magnitude(factor)
         return self._scale(mean, factor), self._scale(spread, square)
@@ -655,7 +662,7 @@ class Joined(Several):
         return jnp.concatenate(values, self.axis)
 
     def moments(self, batch: Batch) -> Moments:
-        means, spreads = zip(*(t.moments(batch) for t in self.terms), strict=True)
+        means, spreads = zip(*map(batch.moments, self.terms), strict=True)
         return jnp.concatenate(means, self.axis), jnp.concatenate(spreads, self.axis)
 
 
@@ -700,7 +707,7 @@ class Total(Several):
 
     def moments(self, batch: Batch) -> Moments:
         parts = [
-            group[0].moments(batch)
+            batch.moments(group[0])
             if len(group) == 1
             else _moments_by_example(Total(group), batch)
             for group in self.groups

@@ -420,7 +420,7 @@ def _summary(
         two_pass,
         precision,
     )
-    moments: list[Moments] = [term.moments(batch) for term in plan.terms]
+    moments: list[Moments] = list(map(batch.moments, plan.terms))
     value = (shares * values).sum()
     means, spreads = ([m[i] for m in moments] for i in range(2))
     return _Summary(weight, squared_weight, value, means, spreads), aux

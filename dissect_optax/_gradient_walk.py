@@ -37,11 +37,18 @@ class Walk:
         """Index the equations of the program."""
         self._dependent = dependent
         self._produced_by = producers(jaxpr)
+        self._terms: dict[Var, Term] = {}
 
     def term(self, atom: Atom) -> Term:
-        """The term that a value of the program is."""
+        """The term that a value of the program is; the same one when asked again."""
         if isinstance(atom, Literal) or atom not in self._dependent:
             return Constant(atom)
+        if atom not in self._terms:
+            self._terms[atom] = self._new_term(atom)
+        return self._terms[atom]
+
+    def _new_term(self, atom: Var) -> Term:
+        """The term that a value of the program is."""
         equation = self._produced_by.get(atom)
         if equation is None:
             return Stored(atom, "an input")

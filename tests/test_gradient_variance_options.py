@@ -319,6 +319,26 @@ def test_precision_reaches_the_products():
         assert total_at(None).count("HIGHEST") > 0
 
 
+def joined_loss(params, xs):
+    return jnp.sin(xs @ jnp.concatenate(params, axis=1)).sum()
+
+
+def split(parts):
+    return [normal(6, 24 // parts)] * parts
+
+
+def test_parameters_that_share_a_product_share_its_cost():
+    xs = normal(4, 3, 6)
+    measure = value_grad_and_variance(joined_loss)
+    products = [
+        str(jax.make_jaxpr(measure)([normal(6, 24 // parts)] * parts, xs)).count(
+            " scan["
+        )
+        for parts in (1, 3)
+    ]
+    assert products == [1, 1]
+
+
 def test_memory_of_a_large_table_does_not_grow_with_the_batch():
     def loss(table, tokens):
         return jnp.sin(table[tokens]).sum()
