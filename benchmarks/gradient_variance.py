@@ -7,7 +7,7 @@ median over the runs.
     python -m benchmarks.gradient_variance
     python -m benchmarks.gradient_variance --cases lstm:32 --methods plain,ours
     python -m benchmarks.gradient_variance --torch /path/to/python   (with backpack)
-    python -m benchmarks.gradient_variance --figure                  (draws only)
+    python -m benchmarks.gradient_variance --figure                  (draws and tabulates only)
 
 Some 20 minutes on two cores, and 4 GB of memory for `vmap` on the largest networks.
 """
@@ -326,6 +326,28 @@ def draw(results: dict[str, Any]) -> None:
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
+def table(results: dict[str, Any]) -> str:
+    """The records as a Markdown table, one row for each network and method."""
+    lines = [
+        "| network, batch | method | milliseconds | ratio (each run) | temporary MB "
+        "| parameters MB | compile s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results["records"]:
+        runs = ", ".join(f"{ratio:.2f}" for ratio in r["ratio_of_each_run"])
+        cells = (
+            f"{r['network']}, {r['batch']}",
+            r["method"],
+            f"{r['milliseconds']:.1f}",
+            f"{r['ratio']:.2f} ({runs})",
+            r.get("temporary_megabytes", ""),
+            r.get("parameter_megabytes", ""),
+            r.get("compile_seconds", ""),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 # ---- The command line --------------------------------------------------------------
 
 
@@ -338,10 +360,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--torch", help="a Python with torch and backpack")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--figure", action="store_true", help="draw --output and stop")
+    parser.add_argument("--figure", action="store_true", help="draw and tabulate only")
     arguments = parser.parse_args()
     if arguments.figure:
-        draw(json.loads(arguments.output.read_text()))
+        results = json.loads(arguments.output.read_text())
+        draw(results)
+        print(table(results))
         return
     methods = list(dict.fromkeys(["plain", *arguments.methods.split(",")]))
     results: dict[str, Any] = {"records": [], "cancellation": cancellation(DIFFERENCES)}
