@@ -24,7 +24,7 @@ from experiments.methods import FOUR_METHODS, get_method
 from experiments.problems import PROBLEMS, get_problem
 from experiments.progress import Monitor
 from experiments.records import Store, to_text, write_atomically
-from experiments.running import Session, complete
+from experiments.running import Job, complete
 from experiments.studies import catalogue
 from experiments.tuning import Outcome, outcome, replicate, tune
 
@@ -51,10 +51,10 @@ _Options = Annotated[Options, tyro.conf.arg(name="")]
 _DEFAULTS = Options()
 
 
-def _session(problem_name: str, options: Options) -> Session:
+def _job(problem_name: str, options: Options) -> Job:
     """Problem, settings, store and monitor that the options ask for."""
     problem = get_problem(problem_name)
-    return Session(
+    return Job(
         problem=problem,
         settings=problem.smoke if options.smoke else problem.settings,
         store=Store(options.runs_dir),
@@ -64,9 +64,9 @@ def _session(problem_name: str, options: Options) -> Session:
     )
 
 
-def _outcomes(session: Session, optimizers: Sequence[str]) -> dict[str, Outcome]:
+def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
     """What the records say about these methods."""
-    return {name: outcome(session, get_method(name)) for name in optimizers}
+    return {name: outcome(job, get_method(name)) for name in optimizers}
 
 
 def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -> None:
@@ -106,11 +106,11 @@ def train(
       seed: Seed of initial parameters, mini-batches and noise.
       options: What every command understands.
     """
-    session = _session(problem, options)
+    job = _job(problem, options)
     method = get_method(optimizer)
-    config = session.config(method, learning_rate, seed)
+    config = job.config(method, learning_rate, seed)
     title = f"{method.label}, step size {learning_rate:g}, seed {seed}"
-    (record,) = complete(session, method, title, [config])
+    (record,) = complete(job, method, title, [config])
     last = record.evaluations[-1]
     if record.diverged:
         outcome_text = f"diverged before step {last.step}"
@@ -120,7 +120,7 @@ def train(
             f" test accuracy {last.test_accuracy:.1%}"
         )
     print(f"{title}: {outcome_text}")
-    print(f"Record: {session.store.directory(config)}")
+    print(f"Record: {job.store.directory(config)}")
 
 
 def tune_step_sizes(
@@ -136,10 +136,10 @@ def tune_step_sizes(
       optimizers: The methods.
       options: What every command understands.
     """
-    session = _session(problem, options)
+    job = _job(problem, options)
     for name in optimizers:
         method = get_method(name)
-        tuned = tune(session, method)
+        tuned = tune(job, method)
         print(
             f"{method.label}: step size {tuned.learning_rate:g}, best of"
             f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
@@ -161,22 +161,22 @@ def reproduce(
       seeds: Replications of each method; ten, or two with --smoke.
       options: What every command understands.
     """
-    session = _session(problem, options)
+    job = _job(problem, options)
     methods = [get_method(name) for name in optimizers]
     for method in methods:
-        tuned = tune(session, method)
+        tuned = tune(job, method)
         replicate(
-            session,
+            job,
             method,
             tuned.learning_rate,
             seeds or (2 if options.smoke else 10),
         )
-    outcomes = _outcomes(session, optimizers)
-    _print_results(Console(), session.problem.title, outcomes)
+    outcomes = _outcomes(job, optimizers)
+    _print_results(Console(), job.problem.title, outcomes)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
     write_atomically(summary, to_text(reporting.summary(outcomes)))
     path = training_curves.draw(
-        {session.problem.title: outcomes}, _curves_path((problem,), options)
+        {job.problem.title: outcomes}, _curves_path((problem,), options)
     )
     print(f"Summary: {summary}")
     print(f"Figure:  {path}")
@@ -195,9 +195,9 @@ def table(
       optimizers: The methods.
       options: What every command understands.
     """
-    session = _session(problem, options)
-    outcomes = _outcomes(session, optimizers)
-    _print_results(Console(), session.problem.title, outcomes)
+    job = _job(problem, options)
+    outcomes = _outcomes(job, optimizers)
+    _print_results(Console(), job.problem.title, outcomes)
 
 
 def figure(
@@ -283,10 +283,8 @@ def _curves_path(problems: Sequence[str], options: Options) -> Path:
 
 def draw_training_curves(problems: Sequence[str], options: Options) -> Path:
     """Figure 3 from the records of the four methods; returns its path."""
-    sessions = [_session(name, options) for name in problems]
-    columns = {
-        session.problem.title: _outcomes(session, FOUR_METHODS) for session in sessions
-    }
+    jobs = [_job(name, options) for name in problems]
+    columns = {job.problem.title: _outcomes(job, FOUR_METHODS) for job in jobs}
     return training_curves.draw(columns, _curves_path(problems, options))
 
 

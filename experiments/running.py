@@ -28,7 +28,7 @@ from experiments.training import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
+class Job:
     """What all runs of one command share.
 
     Attributes:
@@ -111,14 +111,14 @@ def _alive(progress: GroupProgress) -> list[int]:
 
 
 def _add_evaluation(
-    session: Session, members: Member, progress: GroupProgress, started: float
+    job: Job, members: Member, progress: GroupProgress, started: float
 ) -> None:
     """Measures every member that has not diverged."""
-    dataset = _dataset(session.problem, session.data_dir)
+    dataset = _dataset(job.problem, job.data_dir)
     evaluation = jax.device_get(
         evaluate(
-            session.problem,
-            session.settings,
+            job.problem,
+            job.settings,
             dataset,
             members,
             progress.state.step,
@@ -138,86 +138,80 @@ def _add_evaluation(
         )
 
 
-def _begin(
-    session: Session, method: Method, group: Group, members: Member
-) -> GroupProgress:
+def _begin(job: Job, method: Method, group: Group, members: Member) -> GroupProgress:
     """The group at its last checkpoint, or before its first step."""
     started = time.perf_counter()
-    state = initialise(session.problem, method, members)
-    resumed = checkpoints.restore(session.store, group, template=state)
+    state = initialise(job.problem, method, members)
+    resumed = checkpoints.restore(job.store, group, template=state)
     if resumed is not None:
         return resumed
     progress = GroupProgress(state, 0, 0.0, [[] for _ in group.configs])
-    _add_evaluation(session, members, progress, started)
+    _add_evaluation(job, members, progress, started)
     return progress
 
 
-def _run_group(session: Session, method: Method, title: str, group: Group) -> None:
+def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
     """Trains a group, from where an earlier process left it, to its records."""
-    settings = session.settings
+    settings = job.settings
     members = _members(group)
     with (
-        session.monitor.group(title, settings.steps) as report,
+        job.monitor.group(title, settings.steps) as report,
         interrupts.deferred() as interrupted,
     ):
-        progress = _begin(session, method, group, members)
+        progress = _begin(job, method, group, members)
         last_save = time.perf_counter()
         started = last_save - progress.seconds
         report.begin(progress.step)
         while progress.step < settings.steps and _alive(progress):
             progress.state = advance(
-                session.problem,
+                job.problem,
                 method,
                 settings,
                 settings.evaluation_interval,
-                _dataset(session.problem, session.data_dir),
+                _dataset(job.problem, job.data_dir),
                 members,
                 progress.state,
             )
             progress.step += settings.evaluation_interval
-            _add_evaluation(session, members, progress, started)
+            _add_evaluation(job, members, progress, started)
             report(progress.step, [lines[-1] for lines in progress.evaluations])
-            due = time.perf_counter() - last_save >= session.checkpoint_seconds
+            due = time.perf_counter() - last_save >= job.checkpoint_seconds
             if due or interrupted.is_set():
-                checkpoints.save(session.store, group, progress)
+                checkpoints.save(job.store, group, progress)
                 last_save = time.perf_counter()
             if interrupted.is_set():
                 raise KeyboardInterrupt
     for config, lines in zip(group.configs, progress.evaluations, strict=True):
-        session.store.write(Record(config, tuple(lines), environment()))
-    checkpoints.remove(session.store, group)
+        job.store.write(Record(config, tuple(lines), environment()))
+    checkpoints.remove(job.store, group)
 
 
-def _groups(
-    session: Session, method: Method, missing: Sequence[RunConfig]
-) -> list[Group]:
+def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Group]:
     """The missing runs in groups; those that have a checkpoint come first."""
-    left = checkpoints.unfinished_groups(
-        session.store, session.problem.name, method.name
-    )
+    left = checkpoints.unfinished_groups(job.store, job.problem.name, method.name)
     groups = []
     for group in left:
         if set(group.configs) & set(missing):
             groups.append(group)
-        elif all(session.store.find(config) for config in group.configs):
+        elif all(job.store.find(config) for config in group.configs):
             # The process died after its last record.
-            checkpoints.remove(session.store, group)
+            checkpoints.remove(job.store, group)
     resumed = {config for group in groups for config in group.configs}
     fresh = [config for config in missing if config not in resumed]
     on_cpu = jax.default_backend() == "cpu"
-    size = session.problem.members_on_cpu if on_cpu else max(len(fresh), 1)
+    size = job.problem.members_on_cpu if on_cpu else max(len(fresh), 1)
     for first in range(0, len(fresh), size):
         groups.append(Group(tuple(fresh[first : first + size]), size))
     return groups
 
 
 def complete(
-    session: Session, method: Method, title: str, configs: Sequence[RunConfig]
+    job: Job, method: Method, title: str, configs: Sequence[RunConfig]
 ) -> list[Record]:
     """The records of these runs; those that are not finished are trained first.
 
     Args:
-      session: Problem, settings, store and monitor.
+      job: Problem, settings, store and monitor.
       method: The method of all these runs.
       title: What the runs are for, shown with their progress.
       configs: The runs.
@@ -225,10 +219,10 @@ def complete(
     Returns:
       Their records, in the order of `configs`.
     """
-    store = session.store
-    with store.lock(session.problem.name, method.name, session.monitor.say):
+    store = job.store
+    with store.lock(job.problem.name, method.name, job.monitor.say):
         missing = [config for config in configs if store.find(config) is None]
-        for group in _groups(session, method, missing):
-            _run_group(session, method, title, group)
+        for group in _groups(job, method, missing):
+            _run_group(job, method, title, group)
     found = [store.find(config) for config in configs]
     return [record for record in found if record is not None]

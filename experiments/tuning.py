@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.errors import UserError
 from experiments.methods import Method
 from experiments.records import Record
-from experiments.running import Session, complete
+from experiments.running import Job, complete
 
 TUNING_SEED = 0
 # The ten replications have the seeds 1 to 10.
@@ -155,9 +155,9 @@ def select(records: Sequence[Record]) -> Tuned:
 # ---- On records and runs ----------------------------------------------------------
 
 
-def _tuning_records(session: Session, method: Method) -> dict[int, Record]:
+def _tuning_records(job: Job, method: Method) -> dict[int, Record]:
     """The tuning runs that are finished, by grid point."""
-    records = session.store.records(session.problem.name, method.name, session.settings)
+    records = job.store.records(job.problem.name, method.name, job.settings)
     found = {}
     for record in records:
         size = record.config.learning_rate
@@ -173,33 +173,33 @@ def _still_missing(method: Method, records: Mapping[int, Record]) -> list[int]:
     return missing_points(stable, grid_point(method.first_guess))
 
 
-def tune(session: Session, method: Method) -> Tuned:
+def tune(job: Job, method: Method) -> Tuned:
     """Runs what tuning needs and is not there yet.
 
     Args:
-      session: Problem, settings, store and monitor.
+      job: Problem, settings, store and monitor.
       method: The method to tune.
 
     Returns:
       The step size that won, and what it won against.
     """
-    records = _tuning_records(session, method)
+    records = _tuning_records(job, method)
     while points := _still_missing(method, records):
         configs = [
-            session.config(method, step_size(point), TUNING_SEED) for point in points
+            job.config(method, step_size(point), TUNING_SEED) for point in points
         ]
-        complete(session, method, f"{method.label}, tuning", configs)
-        records = _tuning_records(session, method)
+        complete(job, method, f"{method.label}, tuning", configs)
+        records = _tuning_records(job, method)
     return select(list(records.values()))
 
 
 def replicate(
-    session: Session, method: Method, learning_rate: float, seeds: int
+    job: Job, method: Method, learning_rate: float, seeds: int
 ) -> list[Record]:
     """The replications at the tuned step size; missing ones are run.
 
     Args:
-      session: Problem, settings, store and monitor.
+      job: Problem, settings, store and monitor.
       method: The method.
       learning_rate: The tuned step size.
       seeds: Number of replications.
@@ -208,10 +208,10 @@ def replicate(
       Their records, in order of their seeds.
     """
     configs = [
-        session.config(method, learning_rate, FIRST_REPLICATION_SEED + index)
+        job.config(method, learning_rate, FIRST_REPLICATION_SEED + index)
         for index in range(seeds)
     ]
-    return complete(session, method, f"{method.label}, seeds", configs)
+    return complete(job, method, f"{method.label}, seeds", configs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +229,11 @@ class Outcome:
     replications: tuple[Record, ...]
 
 
-def outcome(session: Session, method: Method) -> Outcome:
+def outcome(job: Job, method: Method) -> Outcome:
     """The outcome for one method, from records alone.
 
     Args:
-      session: Problem, settings and store.
+      job: Problem, settings and store.
       method: The method.
 
     Returns:
@@ -242,22 +242,22 @@ def outcome(session: Session, method: Method) -> Outcome:
     Raises:
       UserError: Tuning or replications are missing.
     """
-    problem = session.problem.name
-    records = _tuning_records(session, method)
+    problem = job.problem.name
+    records = _tuning_records(job, method)
     tuned = None if _still_missing(method, records) else select(list(records.values()))
     replications = tuple(
         record
-        for record in session.store.records(problem, method.name, session.settings)
+        for record in job.store.records(problem, method.name, job.settings)
         if tuned is not None
         and record.config.learning_rate == tuned.learning_rate
         and record.config.seed >= FIRST_REPLICATION_SEED
     )
     if tuned is None or not replications:
-        smoke = " --smoke" if session.settings == session.problem.smoke else ""
+        smoke = " --smoke" if job.settings == job.problem.smoke else ""
         raise UserError(
-            f"{session.store.root} holds no complete record of {method.label} on"
+            f"{job.store.root} holds no complete record of {method.label} on"
             f" {problem}. Run `python -m experiments reproduce {problem}{smoke}`"
-            f" {'' if session.store.root == Path('runs') else 'with this --runs-dir '}"
+            f" {'' if job.store.root == Path('runs') else 'with this --runs-dir '}"
             "first."
         )
     return Outcome(method, tuned, replications)
