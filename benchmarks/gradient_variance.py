@@ -7,7 +7,7 @@ median over the runs.
     python -m benchmarks.gradient_variance
     python -m benchmarks.gradient_variance --cases lstm:32 --methods plain,ours
     python -m benchmarks.gradient_variance --torch /path/to/python   (with backpack)
-    python -m benchmarks.gradient_variance --figure                  (draws and tabulates only)
+    python -m benchmarks.gradient_variance --figure        (draws and tabulates only)
 
 Some 20 minutes on two cores, and 4 GB of memory for `vmap` on the largest networks.
 """
@@ -305,6 +305,8 @@ def draw(results: dict[str, Any]) -> None:
     axes = figure.add_subplot()
     for method, (label, color, marker) in names.items():
         chosen = [r for r in records if r["method"] == method]
+        if not chosen:
+            continue
         axes.scatter(
             [r["ratio"] for r in chosen],
             [cases.index((r["network"], r["batch"])) for r in chosen],
@@ -363,9 +365,9 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true", help="draw and tabulate only")
     arguments = parser.parse_args()
     if arguments.figure:
-        results = json.loads(arguments.output.read_text())
-        draw(results)
-        print(table(results))
+        written = json.loads(arguments.output.read_text())
+        draw(written)
+        print(table(written))
         return
     methods = list(dict.fromkeys(["plain", *arguments.methods.split(",")]))
     results: dict[str, Any] = {"records": [], "cancellation": cancellation(DIFFERENCES)}
