@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from experiments.figures.style import WIDTH, color, line_style, save, style
+from experiments.figures.style import WIDTH, color, save, style
 from experiments.studies.study import StudyRecord
 
 _LABELS = {"sgd": "SGD", "ssd": "SSD"}
@@ -35,13 +35,7 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     low, median, high = np.quantile(losses, [0.1, 0.5, 0.9], axis=0)
     steps = np.arange(losses.shape[1])
     method = result["method"]
-    axes.plot(
-        steps,
-        median,
-        color=color(method),
-        linestyle=line_style(method),
-        label=_LABELS[method],
-    )
+    axes.plot(steps, median, color=color(method), label=_LABELS[method])
     axes.fill_between(steps, low, high, color=color(method), alpha=0.2, linewidth=0)
 
 
