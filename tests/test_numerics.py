@@ -118,6 +118,22 @@ def test_gradients_of_exactly_zero_give_updates_of_exactly_zero(
     np.testing.assert_array_equal(updates.astype(np.float32), 0)
 
 
+@pytest.mark.parametrize("name", ADAPTED)
+def test_zeros_meet_no_nan_on_the_way_and_have_finite_derivatives(name: str) -> None:
+    """Guarded divisions: nothing for `jax_debug_nans` to stop at, or to meta-learn."""
+    tx, zeros = ADAPTED[name](1.0), jnp.zeros(2)
+
+    def update(gradient: Any) -> Any:
+        extra = {"grad_variance": gradient} if name.endswith("_mb") else {}
+        return jnp.sum(tx.update(gradient, tx.init(zeros), **extra)[0])
+
+    with jax.debug_nans(True):
+        assert update(zeros) == 0
+        # √v has no derivative at zero, in optax.adam neither (hence its eps_root).
+        if name != "adam":
+            assert np.all(np.isfinite(jax.grad(update)(zeros)))
+
+
 @pytest.mark.parametrize("accumulator_dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-60])
 def test_zeros_where_eps_underflows_in_the_accumulators(
