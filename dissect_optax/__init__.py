@@ -5,6 +5,9 @@ variance, the pair moves with the momentum, the sign is taken, and the factor sh
 what is mostly noise. The optimizers are chains of these transformations.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dissect_optax._adaptation import (
     adapt_to_variance,
     gaussian_sign,
@@ -24,11 +27,6 @@ from dissect_optax._estimates import (
     moving_average_estimate,
     with_relative_variance_of,
 )
-from dissect_optax._gradient_variance import (
-    VarianceRoute,
-    explain_variance,
-    value_grad_and_variance,
-)
 from dissect_optax._optimizers import (
     adam,
     adam_star,
@@ -42,6 +40,13 @@ from dissect_optax._optimizers import (
     svag,
 )
 from dissect_optax._sign import scale_by_sign
+
+if TYPE_CHECKING:
+    from dissect_optax._gradient_variance import (
+        VarianceRoute,
+        explain_variance,
+        value_grad_and_variance,
+    )
 
 __version__ = "0.1.0"
 
@@ -85,3 +90,17 @@ __all__ = [  # noqa: RUF022
     "m_svag_mb",
     "adam_star_mb",
 ]
+
+# They need `jax.extend`, whose import takes longer than all the rest of the library.
+_IMPORTED_WHEN_USED = (
+    "VarianceRoute",
+    "explain_variance",
+    "value_grad_and_variance",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module("dissect_optax._gradient_variance")
+    return globals().setdefault(name, getattr(module, name))

@@ -125,7 +125,8 @@ def adapt_to_variance(
       * A variance below the smallest normal number counts as zero.
       * η² so large that it overflows gives the factor of infinity, zero for the three
         factors here.
-      * η² ≤ -1, which only rounding can bring, is taken as -1 + one rounding unit.
+      * η² ≤ -1, which rounding can bring behind two decays, is taken as -1 + one
+        rounding unit.
 
     Examples:
       >>> import jax.numpy as jnp

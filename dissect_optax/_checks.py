@@ -18,7 +18,9 @@ def check_decay(name: str, value: Any) -> None:
     if number is None or 0 <= number < 1:
         return
     # bfloat16 rounds 0.999 to one; the formulas then give the plain average.
-    if number == 1 and jnp.result_type(value).itemsize < 4 and hasattr(value, "dtype"):
+    dtype = jnp.result_type(value)
+    narrow = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize < 4
+    if number == 1 and narrow:
         return
     raise ValueError(
         f"`{name}` must lie in [0, 1), got {number}. Use 0.0 to switch the average off."
@@ -30,6 +32,15 @@ def check_not_negative(name: str, value: Any) -> None:
     number = _concrete_number(name, value)
     if number is not None and not number >= 0:
         raise ValueError(f"`{name}` must not be negative, got {number}.")
+
+
+def check_floating(name: str, dtype: jax.typing.DTypeLike | None) -> None:
+    """Raise unless the dtype is a floating-point one, or None."""
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
+        raise ValueError(
+            f"`{name}` must be a floating-point dtype, got {jnp.dtype(dtype).name}. "
+            "Use jnp.float32, for instance, or None for at least float32."
+        )
 
 
 def check_callable(name: str, value: Any, expected: str) -> None:
@@ -90,7 +101,7 @@ def matching_variance(
                 f"at {jax.tree_util.keystr(path) or 'the root'}."
             )
         dtype = real_dtype(wide_dtype(jnp.result_type(gradient), None))
-        matching.append(jnp.asarray(variance).astype(dtype))
+        matching.append(jnp.maximum(jnp.asarray(variance, dtype), 0.0))
     return treedef.unflatten(matching)
 
 

@@ -19,6 +19,7 @@ from dissect_optax import _formulas
 from dissect_optax._checks import (
     check_batch,
     check_decay,
+    check_floating,
     check_not_negative,
     matching_variance,
 )
@@ -34,7 +35,9 @@ class Estimate(NamedTuple):
         shapes, in the gradient's unit squared.
 
     An `Estimate` exists inside a chain only: `adapt_to_variance` turns it back into
-    plain updates.
+    plain updates. Optax's own transformations do not know what a variance is
+    (`optax.scale(c)` would scale it by c and not by c²): they belong before an
+    `Estimate` is made or behind `adapt_to_variance`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -141,8 +144,9 @@ def moving_average_estimate(
       `variance` (one decay) or `second_moment` (two decays).
 
     Raises:
-      ValueError: If a decay is outside [0, 1) or ε is negative.
-      TypeError: If it is given an `Estimate` instead of gradients.
+      ValueError: If a decay is outside [0, 1), ε is negative, or `accumulator_dtype` is
+        no floating-point dtype.
+      TypeError: From `update`, if it is given an `Estimate` instead of gradients.
 
     Edge cases:
       * First step: m = g and s = 0 to the last bit (one decay), so that every factor
@@ -170,6 +174,7 @@ def moving_average_estimate(
     if b2 is not None:
         check_decay("b2", b2)
     check_not_negative("eps", eps)
+    check_floating("accumulator_dtype", accumulator_dtype)
 
     def init_fn(params: optax.Params) -> Any:
         count = jnp.zeros([], jnp.int32)
@@ -192,7 +197,7 @@ def moving_average_estimate(
         def accumulate(
             g: jax.Array, mean: jax.Array, square: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            g, mean, square = widen((g.astype(mean.dtype), mean, square), None)
+            g, mean, square = widen((jnp.asarray(g, mean.dtype), mean, square))
             dtype = square.dtype
             weight = _formulas.newest_weight(b1, count, dtype)
             if b2 is None:
@@ -201,7 +206,7 @@ def moving_average_estimate(
             g2 = _formulas.squared_magnitude(g)
             return (
                 _formulas.average(mean, g, weight),
-                _formulas.average(square, g2, weight2),
+                _formulas.average_of_squares(square, g2, weight2),
             )
 
         def read_variance(mean: jax.Array, square: jax.Array) -> jax.Array:
@@ -253,6 +258,7 @@ def attach_variance() -> optax.GradientTransformationExtraArgs:
       ValueError: From `update`, if the trees or their shapes differ.
 
     Edge cases:
+      * A negative variance, which a difference of sums can round to, counts as zero.
       * `optax.masked` and `optax.partition` may hand over the whole variance tree with
         part of the gradients: the part that belongs to them is taken.
       * `optax.MultiSteps` hands over the variance of the last micro-batch only, beside
@@ -290,7 +296,7 @@ def attach_variance() -> optax.GradientTransformationExtraArgs:
                 "with the variance from dissect_optax.value_grad_and_variance."
             )
         variance = matching_variance(updates, grad_variance)
-        mean = widen(updates, None)
+        mean = widen(updates)
         return _new_estimate(updates, mean, variance), state
 
     return optax.GradientTransformationExtraArgs(_no_state, update_fn)
@@ -338,7 +344,7 @@ def aggregate_per_example() -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         _check_gradient(updates, "aggregate_per_example")
         check_batch(updates)
-        wide = widen(updates, None)
+        wide = widen(updates)
         mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), wide)
         variance = jax.tree.map(_formulas.variance_of_mean, wide, mean)
         return _new_estimate(updates, mean, variance), state
@@ -405,11 +411,14 @@ def with_relative_variance_of(
             )
 
         def direction(m: jax.Array, g: jax.Array) -> jax.Array:
-            return jnp.where(m == 0, jnp.zeros((), m.dtype), g.astype(m.dtype))
+            g = jnp.asarray(g, m.dtype)
+            return jnp.where(m == 0, jnp.zeros((), m.dtype), g)
 
         def variance(m: jax.Array, s: jax.Array, g: jax.Array) -> jax.Array:
-            g2 = _formulas.squared_magnitude(g.astype(m.dtype))
-            return _formulas.relative_variance(m, s) * g2
+            eta2 = _formulas.relative_variance(m, s)
+            g2 = _formulas.squared_magnitude(jnp.asarray(g, m.dtype))
+            # No variance times a square that overflows is still no variance.
+            return jnp.where(eta2 == 0, 0.0, eta2 * g2)
 
         gradient = jax.tree.map(direction, estimate.mean, updates)
         spread = jax.tree.map(variance, estimate.mean, estimate.variance, updates)
@@ -451,7 +460,8 @@ def accumulate_momentum(
       `variance` (s).
 
     Raises:
-      ValueError: If μ is outside [0, 1).
+      ValueError: If μ is outside [0, 1), or `accumulator_dtype` is no floating-point
+        dtype.
       TypeError: From `update`, if it is given plain gradients.
 
     Edge cases:
@@ -473,6 +483,7 @@ def accumulate_momentum(
       Balles & Hennig, "Dissecting Adam", §3.4, §C.3, Algorithms 3 and 5.
     """
     check_decay("momentum", momentum)
+    check_floating("accumulator_dtype", accumulator_dtype)
 
     def init_fn(params: optax.Params) -> AccumulateMomentumState:
         return AccumulateMomentumState(
@@ -492,7 +503,7 @@ def accumulate_momentum(
         def accumulate(
             mean: jax.Array, variance: jax.Array, r: jax.Array, s: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            r, s = widen((r, s), None)
+            r, s = widen((r, s))
             mu = jnp.asarray(momentum, s.dtype)
             return mu * r + mean.astype(r.dtype), mu**2 * s + variance.astype(s.dtype)
 

@@ -55,9 +55,9 @@ def one_minus_kappa(
 ) -> jax.Array:
     """1 - κ(μ,t) = 2μ(1-μ^(t-1)) / ((1+μ)(1-μ^t)); exactly zero at t = 1 or μ = 0."""
     mu = jnp.asarray(momentum, dtype)
-    ratio = decay_power_minus_one(momentum, count - 1, dtype) / decay_power_minus_one(
-        momentum, count, dtype
-    )
+    ratio = decay_power_minus_one(
+        momentum, jnp.maximum(count - 1, 1), dtype
+    ) / decay_power_minus_one(momentum, count, dtype)
     return jnp.where(count <= 1, 0.0, 2 * mu / (1 + mu) * ratio)
 
 
@@ -75,6 +75,13 @@ def average(previous: jax.Array, newest: jax.Array, weight: jax.Array) -> jax.Ar
     """Bias-corrected moving average after `newest` came in with its weight."""
     # A weight of one forgets the past, however large it was.
     return jnp.where(weight == 1, newest, previous + weight * (newest - previous))
+
+
+def average_of_squares(
+    previous: jax.Array, newest: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """The same for squares, which may overflow: infinity stays infinity."""
+    return jnp.where(weight == 1, newest, (1 - weight) * previous + weight * newest)
 
 
 def average_with_variance(

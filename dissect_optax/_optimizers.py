@@ -16,7 +16,7 @@ import jax
 import optax
 
 from dissect_optax._adaptation import adapt_to_variance, inverse, inverse_sqrt
-from dissect_optax._checks import check_decay
+from dissect_optax._checks import check_decay, check_floating
 from dissect_optax._estimates import (
     accumulate_momentum,
     attach_variance,
@@ -24,8 +24,17 @@ from dissect_optax._estimates import (
     moving_average_estimate,
     with_relative_variance_of,
 )
-from dissect_optax._precision import accumulate_wide
+from dissect_optax._precision import in_wide_numbers
 from dissect_optax._sign import scale_by_sign
+
+
+def _chain(
+    *transformations: optax.GradientTransformation,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A chain in at least float32, whose updates have the gradient's dtype."""
+    return in_wide_numbers(optax.chain(*transformations), accumulator_dtype)
+
 
 # ---- Table 1 without momentum -----------------------------------------------------
 
@@ -51,7 +60,7 @@ def sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     References:
       Balles & Hennig, "Dissecting Adam", Table 1.
     """
-    return optax.with_extra_args_support(optax.scale_by_learning_rate(learning_rate))
+    return _chain(optax.scale_by_learning_rate(learning_rate))
 
 
 def ssd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -76,7 +85,7 @@ def ssd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     References:
       Balles & Hennig, "Dissecting Adam", §1.2, Table 1.
     """
-    return optax.chain(
+    return _chain(
         scale_by_sign(),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -105,7 +114,8 @@ def svag(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1).
+      ValueError: If `decay` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -124,7 +134,7 @@ def svag(
     estimator = moving_average_estimate(
         decay, debias_variance=debias_variance, accumulator_dtype=accumulator_dtype
     )
-    return optax.chain(
+    return _chain(
         with_relative_variance_of(estimator),
         adapt_to_variance(inverse),
         optax.scale_by_learning_rate(learning_rate),
@@ -151,7 +161,8 @@ def m_sgd(
       The optimizer. Its state holds one buffer of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1).
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -167,9 +178,11 @@ def m_sgd(
       Balles & Hennig, "Dissecting Adam", §3.4.
     """
     check_decay("momentum", momentum)
-    return optax.chain(
-        accumulate_wide(optax.trace(momentum), accumulator_dtype),
+    check_floating("accumulator_dtype", accumulator_dtype)
+    return _chain(
+        optax.trace(momentum),
         optax.scale_by_learning_rate(learning_rate),
+        accumulator_dtype=accumulator_dtype,
     )
 
 
@@ -191,7 +204,8 @@ def m_ssd(
       The optimizer. Its state holds one buffer of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1).
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -206,11 +220,12 @@ def m_ssd(
       Balles & Hennig, "Dissecting Adam", §4, Algorithm 1.
     """
     check_decay("momentum", momentum)
-    return optax.chain(
-        accumulate_wide(
-            optax.chain(optax.trace(momentum), scale_by_sign()), accumulator_dtype
-        ),
+    check_floating("accumulator_dtype", accumulator_dtype)
+    return _chain(
+        optax.trace(momentum),
+        scale_by_sign(),
         optax.scale_by_learning_rate(learning_rate),
+        accumulator_dtype=accumulator_dtype,
     )
 
 
@@ -237,7 +252,8 @@ def m_svag(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1).
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -253,7 +269,7 @@ def m_svag(
       Balles & Hennig, "Dissecting Adam", §3.4, Algorithm 2.
     """
     check_decay("momentum", momentum)
-    return optax.chain(
+    return _chain(
         moving_average_estimate(
             momentum,
             debias_variance=debias_variance,
@@ -289,7 +305,8 @@ def adam(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If a decay is outside [0, 1) or ε is negative.
+      ValueError: If a decay is outside [0, 1), ε is negative, or `accumulator_dtype` is
+        no floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -306,7 +323,7 @@ def adam(
       Balles & Hennig, "Dissecting Adam", §1.1. Kingma & Ba, "Adam: A method for
       stochastic optimization", ICLR 2015.
     """
-    return optax.chain(
+    return _chain(
         moving_average_estimate(b1, b2, eps=eps, accumulator_dtype=accumulator_dtype),
         scale_by_sign(),
         adapt_to_variance(inverse_sqrt),
@@ -337,7 +354,8 @@ def adam_star(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1).
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -351,7 +369,7 @@ def adam_star(
       Balles & Hennig, "Dissecting Adam", §D, Algorithm 4.
     """
     check_decay("momentum", momentum)
-    return optax.chain(
+    return _chain(
         moving_average_estimate(momentum, accumulator_dtype=accumulator_dtype),
         correct_for_momentum(momentum),
         scale_by_sign(),
@@ -380,7 +398,8 @@ def m_svag_mb(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1).
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
       TypeError: From `update`, if `grad_variance` is missing.
 
     Edge cases:
@@ -400,7 +419,7 @@ def m_svag_mb(
       Balles & Hennig, "Dissecting Adam", §C, §D, Algorithm 3.
     """
     check_decay("momentum", momentum)
-    return optax.chain(
+    return _chain(
         attach_variance(),
         accumulate_momentum(momentum, accumulator_dtype=accumulator_dtype),
         adapt_to_variance(inverse),
@@ -429,7 +448,8 @@ def adam_star_mb(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1).
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+        floating-point dtype.
       TypeError: From `update`, if `grad_variance` is missing.
 
     Edge cases:
@@ -449,7 +469,7 @@ def adam_star_mb(
       Balles & Hennig, "Dissecting Adam", §C, §D, Algorithm 5.
     """
     check_decay("momentum", momentum)
-    return optax.chain(
+    return _chain(
         attach_variance(),
         accumulate_momentum(momentum, accumulator_dtype=accumulator_dtype),
         scale_by_sign(),

@@ -23,15 +23,12 @@ def real_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.finfo(dtype).dtype
 
 
-def widen(
-    tree: Any, accumulator_dtype: jax.typing.DTypeLike | None, *, real: bool = False
-) -> Any:
-    """Cast every leaf to its wide dtype, or to the real counterpart of it."""
+def widen(tree: Any) -> Any:
+    """Cast every leaf to at least float32."""
 
     def cast(leaf: jax.typing.ArrayLike) -> jax.Array:
         leaf = jnp.asarray(leaf)
-        dtype = wide_dtype(leaf.dtype, accumulator_dtype)
-        return leaf.astype(real_dtype(dtype) if real else dtype)
+        return leaf.astype(wide_dtype(leaf.dtype, None))
 
     return jax.tree.map(cast, tree)
 
@@ -53,11 +50,14 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
 
 
-def accumulate_wide(
+def in_wide_numbers(
     inner: optax.GradientTransformation,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Run `inner` in wide numbers; updates come back in the gradient's dtype."""
+    """Run `inner` in at least float32; updates come back in the gradient's dtype.
+
+    Its state is stored as `inner` makes it for parameters of `accumulator_dtype`.
+    """
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> optax.OptState:
@@ -69,7 +69,7 @@ def accumulate_wide(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        gradients = widen(updates, accumulator_dtype)
+        gradients = widen(updates)
         wide, new_state = inner.update(gradients, state, params, **extra_args)
         narrow = jax.tree.map(lambda g, u: u.astype(jnp.result_type(g)), updates, wide)
         # A leaf without a gradient (None) keeps its state, and the state its structure

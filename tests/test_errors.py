@@ -1,5 +1,6 @@
 """Every error in the caller's terms: what was expected, what came, what to do."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -223,3 +224,24 @@ def test_per_example_gradients(per_example: Any, sentence: str) -> None:
         with pytest.raises(ValueError, match=pattern) as e:
             update(per_example, tx.init(None))
         assert str(e.value).startswith("`aggregate_per_example` needs")
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        do.moving_average_estimate,
+        do.accumulate_momentum,
+        *(
+            functools.partial(getattr(do, name), 0.1)
+            for name in ("svag", "m_sgd", "m_ssd", "m_svag", "adam", "m_svag_mb")
+        ),
+    ],
+)
+def test_accumulator_dtype_that_holds_no_fractions(factory):
+    with pytest.raises(ValueError, match=r"`accumulator_dtype` .* got int32"):
+        factory(accumulator_dtype=jnp.int32)
+
+
+def test_an_integer_one_is_no_rounded_decay():
+    with pytest.raises(ValueError, match="must lie in"):
+        do.m_svag(0.1, np.int8(1))

@@ -429,3 +429,53 @@ def test_nan_in_a_variance_is_not_hidden(name: str) -> None:
     variances[20, 1] = np.nan
     updates = trajectory(ADAPTED[name](1.0), gradients, variances)
     np.testing.assert_array_equal(np.isnan(updates[20]), [False, True, False, False])
+
+
+# ---- The whole chain in wide numbers ----------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m_sgd", "m_svag_mb"])
+def test_a_float16_momentum_may_exceed_float16(name):
+    optimizer = getattr(do, name)(0.1)
+    gradient = jnp.full(2, 3e4, jnp.float16)
+    state = optimizer.init(gradient)
+    extra = {} if name == "m_sgd" else {"grad_variance": jnp.zeros(2)}
+    for _ in range(5):
+        updates, state = optimizer.update(gradient, state, **extra)
+    # 3e4 (1 + 0.9 + … + 0.9⁴) is above the largest float16, 65504; a tenth is not.
+    np.testing.assert_allclose(updates.astype(np.float64), -12285.3, rtol=2e-3)
+
+
+def test_an_array_as_learning_rate_keeps_the_dtype():
+    gradient = jnp.ones(2, jnp.bfloat16)
+    optimizer = do.sgd(jnp.float32(0.1))
+    updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+    assert updates.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["adam", "svag", "m_svag"])
+def test_a_square_that_overflows_silences_its_element_only(name):
+    optimizer = getattr(do, name)(1.0)
+    gradients = jnp.array([[1.0, 1e20], [1.0, 1.0], [1.0, 1.0]])
+    state = optimizer.init(gradients[0])
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state)
+        assert not jnp.isnan(updates).any()
+    np.testing.assert_allclose(updates[0], -1.0, rtol=1e-5)
+
+
+def test_a_negative_attached_variance_counts_as_zero():
+    optimizer = do.m_svag_mb(1.0)
+    gradient = jnp.ones(2)
+    variance = jnp.array([-1e-3, 0.0])
+    updates, _ = optimizer.update(
+        gradient, optimizer.init(gradient), grad_variance=variance
+    )
+    np.testing.assert_array_equal(updates, [-1.0, -1.0])
+
+
+@pytest.mark.parametrize("name", ["sgd", "ssd", "svag", "m_sgd", "m_svag", "adam"])
+def test_python_numbers_are_gradients_too(name):
+    optimizer = getattr(do, name)(0.5)
+    updates, _ = optimizer.update({"a": 1.0}, optimizer.init({"a": 1.0}))
+    np.testing.assert_allclose(updates["a"], -0.5, rtol=1e-6)
