@@ -15,6 +15,7 @@ Custom differentiation rules have done their work before the first step.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -184,6 +185,8 @@ def _places_one_row(equation: JaxprEqn, produced_by: dict[Var, JaxprEqn]) -> boo
     if equation.primitive.name != "dynamic_update_slice":
         return False
     table, row, *_ = equation.invars
+    if not jnp.issubdtype(shaped(table).dtype, jnp.inexact):
+        return False
     partial = [
         n for n, m in zip(shaped(row).shape, shaped(table).shape, strict=True) if n != m
     ]
@@ -379,15 +382,18 @@ def _increment(
     """Terms that a loop adds to its carry `old`, or that make a stacked output."""
     if old is None:
         return list[Atom]([jaxpr.outvars[index]])
-    uses = [v for equation in jaxpr.eqns for v in equation.invars]
-    if sum(v is old for v in [*uses, *jaxpr.outvars]) != 1:
+    uses = Counter(v for equation in jaxpr.eqns for v in variables(equation))
+    uses.update(v for v in jaxpr.outvars if isinstance(v, Var))
+    if uses[old] != 1:
         return []
     terms: list[Atom] = []
     pending: list[Atom] = [jaxpr.outvars[index]]
     while pending:
         atom = pending.pop()
         equation = None if isinstance(atom, Literal) else produced_by.get(atom)
-        if equation is not None and equation.primitive.name in ADDITIONS:
+        # A running total that the step itself reads must stay in the loop.
+        used_once = isinstance(atom, Var) and uses[atom] == 1
+        if equation and equation.primitive.name in ADDITIONS and used_once:
             pending.extend(equation.invars)
         else:
             terms.append(atom)

@@ -449,7 +449,7 @@ def _in_microbatches(
     merge = functools.partial(_merge_next, run)
     summary, aux = jax.lax.scan(merge, first, jax.tree.map(_after_first, parts))
     collected = [
-        jnp.concatenate([head, rest.reshape(-1, *rest.shape[2:])])
+        jnp.concatenate([head, jax.lax.collapse(rest, 0, 2)])
         for head, rest in zip(first_aux, aux, strict=True)
     ]
     if size % microbatch_size:

@@ -245,6 +245,9 @@ def _reason_to_store(term: Term) -> str | None:
     """Why a term is stored as a whole; None if that would lose something."""
     if isinstance(term, Stored):
         return term.reason
+    if isinstance(term, Mapped) and term.size > term.term.size:
+        # Stored before it is padded: it is smaller, and overlaps less.
+        return None
     if isinstance(term, Mapped | Scaled):
         return _reason_to_store(term.term)
     if isinstance(term, Joined):
@@ -285,7 +288,8 @@ def _layout(term: Term) -> object:
         factors = tuple((f.shape, f.dtype) for f in term.factors)
         views = (term.left_view, term.right_view)
         return (factors, views, term.dimensions, str(term.precision))
-    return id(term)
+    # Nothing, not even itself: the gradient of w + w adds one value to itself.
+    return object()
 
 
 def _deepened(one: Term, other: Term) -> Term:

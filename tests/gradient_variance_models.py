@@ -441,6 +441,58 @@ def complex_parameters():
     return Model(complex_parameters_loss, params, normal(5, 4), {"": OUTER})
 
 
+def doubled_parameters_loss(params, x):
+    return jnp.sin((params["b"] + params["b"]) * x).sum() + (
+        jnp.sin((params["t"] + params["t"])[jnp.asarray([1, 1, 2])] @ x).sum()
+    )
+
+
+def doubled_parameters():
+    params = {"b": normal(4), "t": normal(5, 4)}
+    routes = {"['b']": STORED, "['t']": f"sum of {ROWS} + {ROWS}"}
+    return Model(doubled_parameters_loss, params, normal(5, 4), routes)
+
+
+def fast_weights_loss(params, xs):
+    def step(state, x):
+        state = state + jnp.outer(x @ params["key"], x)
+        return state, jnp.tanh(x @ params["query"]) @ state
+
+    _, ys = jax.lax.scan(step, params["start"], xs)
+    return jnp.square(jnp.sin(ys)).sum()
+
+
+def fast_weights():
+    # The gradient of `start` is a sum over steps that every step reads.
+    params = {"start": normal(6, 4), "key": normal(4, 6), "query": normal(4, 6)}
+    return Model(
+        fast_weights_loss,
+        params,
+        normal(3, 3, 4),
+        {"['start']": STORED, "['key']": PRODUCT, "['query']": PRODUCT},
+    )
+
+
+def parts_of_a_vector_loss(params, x):
+    return jnp.square(jnp.sin(x @ params[:12].reshape(4, 3)) + params[12:]).sum()
+
+
+def parts_of_a_vector():
+    routes = {"": f"{OUTER}, {STORED}"}
+    return Model(parts_of_a_vector_loss, normal(15), normal(5, 4), routes)
+
+
+def one_row_of_a_mask_loss(params, x):
+    row = jax.lax.dynamic_update_slice(
+        jnp.zeros(4, bool), jnp.ones(1, bool), (jnp.argmax(x),)
+    )
+    return jnp.sin(jnp.where(row, x, 0) @ params).sum()
+
+
+def one_row_of_a_mask():
+    return Model(one_row_of_a_mask_loss, normal(4, 3), normal(5, 4), {"": OUTER})
+
+
 MODELS = {
     make.__name__: make
     for make in (
@@ -479,5 +531,9 @@ MODELS = {
         clipped_look_up,
         dropped_look_up,
         complex_parameters,
+        doubled_parameters,
+        fast_weights,
+        parts_of_a_vector,
+        one_row_of_a_mask,
     )
 }
