@@ -123,8 +123,9 @@ def value_grad_and_variance(
             see Notes.
         precision: Precision of the products that sums and squares are taken with, as
             in `jax.lax.dot_general`. None takes that of the product in the gradient.
-        axis_name: Name of a mapped axis (`jax.shard_map`, `jax.vmap`) over which the
-            examples are spread; the result is that of all of them.
+        axis_name: Name of a mapped axis (`jax.shard_map` with `check_vma=False`,
+            `jax.vmap`) over which the examples are spread; the result is that of all
+            of them.
 
     Returns:
         A function of `(params, batch, *shared, weights=None)`. `batch` is a tree of
@@ -257,13 +258,15 @@ def _value_grad_and_variance(
     """The function that `value_grad_and_variance` returns."""
     batch = jax.tree.map(jnp.asarray, batch)
     size = _batch_size(batch)
-    if axis_name is None and size < 2:
+    # The sum of ones over an axis is its size, a Python number.
+    total = size if axis_name is None else size * jax.lax.psum(1, axis_name)
+    if total < 2:
         raise ValueError(
             "The variance of a gradient needs a batch of at least two examples, got "
-            f"{size}. Use `jax.value_and_grad` for a single example."
+            f"{total}. Use `jax.value_and_grad` for a single example."
         )
     if weights is not None:
-        weights = _checked_weights(weights, size)
+        weights = _relative(_checked_weights(weights, size), axis_name)
     plan = _plan(loss, has_aux, params, batch, shared)
     part = size if microbatch_size is None else min(microbatch_size, size)
     merged = part < size or axis_name is not None
@@ -530,6 +533,15 @@ def _merged_over_axis(summary: _Summary, axis_name: Any) -> _Summary:
     )
 
 
+def _relative(weights: jax.Array, axis_name: Any) -> jax.Array:
+    """Weights in units of the largest one, so that their squares are no matter."""
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    largest = weights.max()
+    if axis_name is not None:
+        largest = jax.lax.pmax(largest, axis_name)
+    return weights / jnp.where(largest > 0, largest, 1)
+
+
 def _variance_factor(weight: jax.Array, squared_weight: jax.Array) -> jax.Array:
     """Factor from spread to variance, given Σw and Σw²; zero where nothing counts."""
     safe = jnp.where(weight > 0, weight, 1)
@@ -544,7 +556,8 @@ def _check_microbatch_size(microbatch_size: int | None) -> None:
     """Reject a microbatch size that is not a positive integer."""
     if microbatch_size is None:
         return
-    if not isinstance(microbatch_size, int) or microbatch_size < 1:
+    is_integer = isinstance(microbatch_size, int | np.integer)
+    if not is_integer or isinstance(microbatch_size, bool) or microbatch_size < 1:
         raise ValueError(
             "`microbatch_size` must be a positive integer or None, got "
             f"{microbatch_size!r}. None takes the whole batch at once."

@@ -520,3 +520,37 @@ def test_equation_44_with_the_numbers_written_out():
     assert float(grad[0]) == pytest.approx(3, rel=1e-12)
     assert float(variance[0]) == pytest.approx(7 / 3, rel=1e-12)
     assert variance_by_equation_44(gradients)[0] == pytest.approx(7 / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("unit", [1e30, 1e-30])
+def test_the_unit_of_the_weights_does_not_matter(unit):
+    def loss(params, x):
+        return jnp.square(jnp.vdot(params, x))
+
+    params, batch = jnp.array([1.0, 2.0]), jnp.arange(8.0).reshape(4, 2)
+    weights = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+    measure = jax.jit(dissect_optax.value_grad_and_variance(loss))
+    _, _, wanted = measure(params, batch, weights=weights)
+    _, _, variance = measure(params, batch, weights=weights * np.float32(unit))
+    np.testing.assert_allclose(variance, wanted, rtol=1e-5)
+    assert (wanted > 0).all()
+
+
+def test_one_example_on_one_device_is_a_batch_of_one():
+    def loss(params, x):
+        return jnp.square(params * x)
+
+    measure = dissect_optax.value_grad_and_variance(loss, axis_name="data")
+    with pytest.raises(ValueError, match="at least two examples, got 1"):
+        jax.vmap(measure, (None, 0), axis_name="data")(1.0, jnp.ones((1, 1)))
+    _, _, variance = jax.vmap(measure, (None, 0), axis_name="data")(
+        1.0, jnp.array([[1.0], [2.0]])
+    )
+    # Gradients 2 and 8 have variance 18, their mean half of it.
+    np.testing.assert_allclose(variance, [9.0, 9.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"])
+def test_a_microbatch_is_counted_in_whole_examples(size):
+    with pytest.raises(ValueError, match="positive integer"):
+        dissect_optax.value_grad_and_variance(jnp.sum, microbatch_size=size)
