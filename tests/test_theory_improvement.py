@@ -219,7 +219,7 @@ def test_scaling_a_direction_does_not_change_its_improvement(x64):
 
 
 @pytest.mark.parametrize("make", [theory.gaussian_direction, theory.sign_direction])
-@pytest.mark.parametrize("noise", [0.0, 1e-30, 1e15])
+@pytest.mark.parametrize("noise", [0.0, 1e-30, 1e-15, 1e15])
 def test_improvements_have_finite_derivatives_at_the_minimum_and_elsewhere(make, noise):
     problem = make_problem(noise=noise)
 
@@ -308,6 +308,12 @@ def test_the_bound_of_theorem_1_is_its_formula(x64):
     )
     rate = 2 * 0.5**2 / (2.0 * 7.0)
     np.testing.assert_allclose(bound, 1 / (1 / 3.0 + rate * steps), rtol=1e-14)
+
+
+def test_the_bound_of_theorem_1_does_not_overflow():
+    constants = {"strong_convexity": 1.0, "lipschitz": 1.0, "second_moment": 1.0}
+    bound = theory.convergence_bound(1e30, 1e10, **constants)
+    np.testing.assert_allclose(bound, 5e-11, rtol=1e-6)
 
 
 def test_the_bound_of_theorem_1_at_the_minimum_and_with_wrong_constants():

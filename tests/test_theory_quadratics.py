@@ -92,6 +92,15 @@ def test_problems_are_pytrees_for_jit_and_vmap():
     np.testing.assert_allclose(losses, [0.0, 1.5, 6.0])
 
 
+def test_a_problem_can_be_made_from_concrete_numbers_inside_jit():
+    eigenvalues, noise = jnp.array([1.0, 2.0]), jnp.array(0.5)
+
+    def loss(theta):
+        return theory.quadratic_problem(eigenvalues, noise=noise).loss(theta)
+
+    np.testing.assert_allclose(jax.jit(loss)(jnp.ones(2)), loss(jnp.ones(2)))
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"`eigenvalues` must be positive, got 0\.0"):
         theory.quadratic_problem(jnp.array([0.0, 1.0]))

@@ -1,10 +1,12 @@
 """Arguments as they come in: one floating dtype for all, and checked.
 
-Only concrete arrays are looked at for their values, so that traced ones pass.
+Only concrete arrays are looked at for their values, so that traced ones pass; with
+NumPy, because inside jit a comparison by JAX would be traced itself.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 
@@ -21,23 +23,29 @@ def as_same_shape(*values: ArrayLike) -> tuple[jax.Array, ...]:
 
 def check_not_negative(name: str, value: jax.Array) -> None:
     """Raise if an element of a concrete array is negative."""
-    if not isinstance(value, jax.core.Tracer) and bool(jnp.any(value < 0)):
-        raise ValueError(f"`{name}` must not be negative, got {jnp.min(value)}.")
+    if not isinstance(value, jax.core.Tracer) and bool(np.any(np.asarray(value) < 0)):
+        raise ValueError(
+            f"`{name}` must not be negative, got {np.min(np.asarray(value))}."
+        )
 
 
 def check_positive(name: str, value: jax.Array) -> None:
     """Raise unless all elements of a concrete array are positive."""
-    if not isinstance(value, jax.core.Tracer) and not bool(jnp.all(value > 0)):
-        raise ValueError(f"`{name}` must be positive, got {jnp.min(value)}.")
+    if not isinstance(value, jax.core.Tracer) and not bool(
+        np.all(np.asarray(value) > 0)
+    ):
+        raise ValueError(f"`{name}` must be positive, got {np.min(np.asarray(value))}.")
 
 
 def check_correlation(value: jax.Array) -> None:
     """Raise if an element of a concrete array is no correlation."""
-    if not isinstance(value, jax.core.Tracer) and bool(jnp.any(jnp.abs(value) > 1)):
+    if isinstance(value, jax.core.Tracer):
+        return
+    largest = np.max(np.abs(np.asarray(value)), initial=0.0)
+    if largest > 1:
         raise ValueError(
             "`correlation` must lie in [-1, 1], got a value of magnitude "
-            f"{jnp.max(jnp.abs(value))}. Divide a covariance by both standard "
-            "deviations."
+            f"{largest}. Divide a covariance by both standard deviations."
         )
 
 

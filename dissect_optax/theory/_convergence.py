@@ -67,5 +67,8 @@ def convergence_bound(
     check_positive("strong_convexity", mu)
     check_positive("lipschitz", smoothness)
     check_positive("second_moment", g2)
-    rate = 2 * jnp.square(mu) / (smoothness * g2)
-    return e0 / (1 + e0 * rate * t)
+    rate = 2 * (mu / smoothness) * (mu / g2)
+    # In this form no product overflows, which would make the bound zero.
+    solved = e0 == 0
+    bound = 1 / (1 / jnp.where(solved, 1.0, e0) + rate * t)
+    return jnp.where(solved, 0.0, bound)

@@ -8,10 +8,10 @@ float32, none beyond η = 1e19. The optimal factor of a sign, Eq. (15), is
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from dissect_optax.theory._arguments import (
-    as_floats,
     as_same_shape,
     check_not_negative,
 )
@@ -115,9 +115,11 @@ def momentum_correction(momentum: ArrayLike, count: ArrayLike) -> jax.Array:
       Balles & Hennig, "Dissecting Adam", §3.4, §C.3.
     """
     mu, t = as_same_shape(momentum, count)
-    if not isinstance(mu, jax.core.Tracer) and not bool(jnp.all((mu >= 0) & (mu < 1))):
+    if not isinstance(mu, jax.core.Tracer) and not bool(
+        np.all((np.asarray(mu) >= 0) & (np.asarray(mu) < 1))
+    ):
         raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
-    if not isinstance(t, jax.core.Tracer) and not bool(jnp.all(t >= 1)):
+    if not isinstance(t, jax.core.Tracer) and not bool(np.all(np.asarray(t) >= 1)):
         raise ValueError(
             f"`count` is the number of gradients seen and starts at one, got {count}."
         )
@@ -130,7 +132,7 @@ def momentum_correction(momentum: ArrayLike, count: ArrayLike) -> jax.Array:
 
 def _on_common_scale(mean: ArrayLike, std: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """|p| and σ divided by the larger of the two; (0, 1) for (0, 0)."""
-    mean, std = as_same_shape(*as_floats(mean, std))
+    mean, std = as_same_shape(mean, std)
     check_not_negative("std", std)
     magnitude = jnp.abs(mean)
     # A factor is a function of the ratio, so the scale has no derivative to pass on.

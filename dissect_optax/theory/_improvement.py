@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from dissect_optax.theory._arguments import as_floats, check_shape, check_vector
 from dissect_optax.theory._directions import Direction
 from dissect_optax.theory._quadratics import QuadraticProblem
-from dissect_optax.theory._signs import sign_certainty
+from dissect_optax.theory._signs import quotient, sign_certainty
 
 
 def expected_loss_change(
@@ -232,4 +232,4 @@ def _slope_and_curvature(
 def _optimal_step(slope: jax.Array, curvature: jax.Array) -> jax.Array:
     """slope/curvature, and zero for a direction without either."""
     empty = curvature <= 0
-    return jnp.where(empty, 0.0, slope / jnp.where(empty, 1.0, curvature))
+    return jnp.where(empty, 0.0, quotient(slope, jnp.where(empty, 1.0, curvature)))

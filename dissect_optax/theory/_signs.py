@@ -122,22 +122,22 @@ def standardize(mean: jax.Array, std: jax.Array) -> jax.Array:
     """The mean in standard deviations, cut where every Gaussian integral saturates."""
     # Covers σ = 0, and the product overflows only where the ratio is small.
     saturated = jnp.abs(mean) >= _SATURATED * std
-    ratio = _ratio(jnp.where(saturated, 0.0, mean), jnp.where(saturated, 1.0, std))
+    ratio = quotient(jnp.where(saturated, 0.0, mean), jnp.where(saturated, 1.0, std))
     return jnp.where(saturated, _SATURATED * jnp.sign(mean), ratio)
 
 
 @jax.custom_jvp
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """A quotient whose derivative never forms the square of the denominator."""
     return numerator / denominator
 
 
-@_ratio.defjvp
-def _ratio_jvp(
+@quotient.defjvp
+def _quotient_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """The derivative (dn - n/d·dd)/d of a quotient n/d."""
     numerator, denominator = primals
     d_numerator, d_denominator = tangents
-    ratio = _ratio(numerator, denominator)
+    ratio = quotient(numerator, denominator)
     return ratio, (d_numerator - ratio * d_denominator) / denominator
