@@ -90,14 +90,20 @@ def average_with_variance(
     """Weighted mean and weighted variance, the pair (m, v-m²) of §3.3.
 
     The recursion of West (1979), "Updating mean and variance estimates: an improved
-    method": algebraically v-m², without the subtraction, and never negative.
+    method": algebraically v-m², without the subtraction, and never negative::
+
+        s ← (1-w) s + w (g - m_before)(g - m_after)
     """
-    mean = average(mean, gradient, weight)
-    # In terms of the new mean, g - m_t = (1-w)(g - m_(t-1)), so that both averages are
-    # updated in place: the old mean would have to be copied first.
-    rest = 1 - weight
-    gain = jnp.where(weight < 1, weight, 0.0) / jnp.where(weight < 1, rest, 1.0)
-    return mean, rest * variance + gain * squared_magnitude(gradient - mean)
+    before = mean - gradient
+    # The new mean to the last bit, in another form than below: sharing it would make
+    # XLA store it, and its rounding is what the product must see.
+    after = jnp.where(weight == 1, 0.0, mean - weight * before - gradient)
+    product = jnp.maximum(jnp.real(before * jnp.conj(after)), 0.0)
+    variance = (1 - weight) * variance + weight * product
+    # Never chosen: it only tells XLA to update the variance first, while the old mean
+    # is still in place. Otherwise it copies the old mean.
+    mean = jnp.where(variance < 0, gradient, average(mean, gradient, weight))
+    return mean, variance
 
 
 def floored_root(

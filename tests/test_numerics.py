@@ -479,3 +479,21 @@ def test_python_numbers_are_gradients_too(name):
     optimizer = getattr(do, name)(0.5)
     updates, _ = optimizer.update({"a": 1.0}, optimizer.init({"a": 1.0}))
     np.testing.assert_allclose(updates["a"], -0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
+def test_an_alternating_stream_that_cancels_is_right_to_one_percent(decay):
+    gradients = (1000 + 1e-3 * (-1.0) ** np.arange(2000)).astype(np.float32)
+    tx = do.moving_average_estimate(decay)
+
+    def step(state, gradient):
+        estimate, state = tx.update(gradient, state)
+        return state, estimate.variance
+
+    _, variances = jax.lax.scan(step, tx.init(gradients[0]), gradients)
+    exact = np.asarray(gradients, np.float64)
+    for t in (50, 51, 1999, 2000):
+        weights = float(np.float32(decay)) ** np.arange(t - 1, -1, -1)
+        mean = np.average(exact[:t], weights=weights)
+        variance = np.average((exact[:t] - mean) ** 2, weights=weights)
+        np.testing.assert_allclose(variances[t - 1], variance, rtol=0.01)

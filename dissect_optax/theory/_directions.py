@@ -89,6 +89,8 @@ def sign_direction(
     Edge cases:
       * A variance of zero is a sign that is known; Σ = 0 is the deterministic sign.
       * Mean and variance both zero: that element of z is zero, as sign(0) = 0.
+      * In float32, standard deviations below 1e-19 or above 1e19 have no variance in
+        this format and count as zero or overflow: rescale the problem, or use float64.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -64,7 +64,7 @@ def draw(record: StudyRecord, path: Path) -> Path:
             panel.text(
                 0.05,
                 0.06,
-                f"SVAG's last slope: −{abs(svag['slope']):.2f}",
+                f"SVAG's last slope: {svag['slope']:.2f}".replace("-", "−"),
                 transform=panel.transAxes,
                 fontsize=9,
             )

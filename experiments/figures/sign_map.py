@@ -23,7 +23,12 @@ _RATIOS = {1 / 3: "1/3", 1 / 2: "1/2", 1: "1", 2: "2", 3: "3"}
 
 
 def _draw_map(
-    axes: Axes, record: StudyRecord, points: str, noise: float, scale: Normalize
+    axes: Axes,
+    record: StudyRecord,
+    points: str,
+    noise: float,
+    scale: Normalize,
+    name_contours: bool,
 ) -> None:
     """Who wins, by how much, with the contours of diagonal dominance."""
     results = record.select(points=points, noise=noise)
@@ -45,13 +50,13 @@ def _draw_map(
         linewidths=0.8,
         linestyles="dashed",
     )
-    # Along the right edge, clear of the black line.
-    column = int(0.8 * len(conditions))
-    places = [
-        (conditions[column], np.interp(-level, -dominances[:, column], fractions))
-        for level in _DOMINANCES
-    ]
-    axes.clabel(lines, fontsize=7, fmt="c = %g", manual=places, inline_spacing=2)
+    if name_contours:
+        column = int(0.6 * len(conditions))
+        places = [
+            (conditions[column], np.interp(-level, -dominances[:, column], fractions))
+            for level in _DOMINANCES
+        ]
+        axes.clabel(lines, fontsize=7, fmt="c = %g", manual=places, inline_spacing=12)
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.grid(visible=False)
@@ -79,7 +84,8 @@ def draw(record: StudyRecord, path: Path) -> Path:
             axes = row.subplots(1, len(noises), sharey=True, squeeze=False)[0]
             row.suptitle(_POINTS[points], fontsize=11)
             for panel, noise in zip(axes, noises, strict=True):
-                _draw_map(panel, record, points, noise, scale)
+                # The contours are the same in every row; the first has no black line.
+                _draw_map(panel, record, points, noise, scale, points == kinds[0])
                 panel.set_title(f"noise ν = {noise:g}", fontsize=9)
                 panel.set_xlabel("condition number" if points == kinds[-1] else "")
             axes[0].set_ylabel("part of the rotation")

@@ -36,7 +36,8 @@ def read_quadratics(record: StudyRecord) -> list[dict[str, Any]]:
 
     Returns:
       For each panel its place, the median losses of both methods after the last step,
-      the median over seeds of their ratio, and the number of seeds where SSD is lower.
+      the median over seeds of their ratio, and the numbers of seeds where each is
+      lower.
     """
     panels = []
     for sgd in record.select(method="sgd"):
@@ -53,6 +54,7 @@ def read_quadratics(record: StudyRecord) -> list[dict[str, Any]]:
                 "sgd_loss": float(np.median(last_sgd)),
                 "ssd_loss": float(np.median(last_ssd)),
                 "sgd_over_ssd": float(np.median(last_sgd / last_ssd)),
+                "sgd_wins": int(np.sum(last_sgd < last_ssd)),
                 "ssd_wins": int(np.sum(last_ssd < last_sgd)),
                 "seeds": len(last_sgd),
                 "paper": _PAPER[sgd["spectrum"], sgd["orientation"], sgd["noise"] > 0],
@@ -75,18 +77,18 @@ def quadratics_table(panels: list[dict[str, Any]]) -> Table:
         numeric = name in ("c", "ν", "by", "in seeds")
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for panel in panels:
-        wins, seeds = panel["ssd_wins"], panel["seeds"]
-        sign_wins = 2 * wins > seeds
-        ratio = panel["sgd_over_ssd"] if sign_wins else 1 / panel["sgd_over_ssd"]
-        winners = max(wins, seeds - wins)
+        ratio, seeds = panel["sgd_over_ssd"], panel["seeds"]
+        leader = "SSD" if ratio > 1 else "SGD"
+        wins = panel[f"{leader.lower()}_wins"]
+        ratio = max(ratio, 1 / ratio)
         table.add_row(
             panel["spectrum"].removesuffix("-conditioned"),
             panel["orientation"],
             f"{panel['diagonal_dominance']:.2f}",
             f"{panel['noise']:g}",
-            ("SSD" if sign_wins else "SGD") if winners > 0.8 * seeds else "even",
+            leader if wins > 0.8 * seeds else f"even, {leader}",
             f"{ratio:.1f}×" if ratio < 1000 else f"10^{np.log10(ratio):.0f}×",
-            f"{winners} of {seeds}",
+            f"{wins} of {seeds}",
             panel["paper"],
         )
     return table
