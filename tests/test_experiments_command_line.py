@@ -13,7 +13,7 @@ import jax
 import pytest
 from matplotlib.image import imread
 
-from experiments.__main__ import COMMANDS, main
+from experiments.__main__ import COMMANDS, FIGURES, main
 from experiments.methods import FOUR_METHODS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -109,7 +109,10 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
         (["trian"], "no command 'trian'. Did you mean 'train'?"),
         (["tune", "digist"], "no problem 'digist'. Did you mean 'digits'?"),
         (["table", "digits"], "python -m experiments reproduce digits"),
-        (["figure", "99"], "no command for Figure 99. Known: 3"),
+        (
+            ["figure", "99"],
+            f"no command for Figure 99. Known: {', '.join(map(str, FIGURES))}.",
+        ),
         (
             ["train", "digits", "--optimizer", "msvag", "--learning-rate", "1"],
             "no optimizer 'msvag'. Did you mean 'm_svag'?",
