@@ -23,9 +23,9 @@ from experiments.figures import (
 from experiments.methods import FOUR_METHODS, get_method
 from experiments.problems import PROBLEMS, get_problem
 from experiments.progress import Monitor
-from experiments.records import Store, to_text, write_atomically
+from experiments.records import Record, Store, to_text, write_atomically
 from experiments.running import Job, complete
-from experiments.studies import catalogue
+from experiments.studies import catalogue, illustrations
 from experiments.tuning import Outcome, outcome, replicate, tune
 
 _PROGRAM = "python -m experiments"
@@ -67,6 +67,11 @@ def _job(problem_name: str, options: Options) -> Job:
 def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
     """What the records say about these methods."""
     return {name: outcome(job, get_method(name)) for name in optimizers}
+
+
+def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
+    """What Figure 3 shows of them, by the method's label."""
+    return {found.method.label: found.replications for found in outcomes.values()}
 
 
 def _print_results(console: Console, title: str, outcomes: dict[str, Outcome]) -> None:
@@ -176,7 +181,7 @@ def reproduce(
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
     write_atomically(summary, to_text(reporting.summary(outcomes)))
     path = training_curves.draw(
-        {job.problem.title: outcomes}, _curves_path((problem,), options)
+        {job.problem.title: _replications(outcomes)}, _curves_path((problem,), options)
     )
     print(f"Summary: {summary}")
     print(f"Figure:  {path}")
@@ -284,14 +289,19 @@ def _curves_path(problems: Sequence[str], options: Options) -> Path:
 def draw_training_curves(problems: Sequence[str], options: Options) -> Path:
     """Figure 3 from the records of the four methods; returns its path."""
     jobs = [_job(name, options) for name in problems]
-    columns = {job.problem.title: _outcomes(job, FOUR_METHODS) for job in jobs}
+    columns = {
+        job.problem.title: _replications(_outcomes(job, FOUR_METHODS)) for job in jobs
+    }
     return training_curves.draw(columns, _curves_path(problems, options))
 
 
 def draw_sketch(problems: Sequence[str], options: Options) -> Path:
     """Figure 1; returns its path."""
     del problems
-    return variance_adaptation_sketch.draw(_figure_path("figure_1", options))
+    path = _figure_path("figure_1", options)
+    return variance_adaptation_sketch.draw(
+        **illustrations.adapted_gradients(), path=path
+    )
 
 
 def draw_quadratics(problems: Sequence[str], options: Options) -> Path:
@@ -304,13 +314,15 @@ def draw_quadratics(problems: Sequence[str], options: Options) -> Path:
 def draw_wrong_sign_mass(problems: Sequence[str], options: Options) -> Path:
     """Figure 4; returns its path."""
     del problems
-    return wrong_sign_mass.draw(_figure_path("figure_4", options))
+    path = _figure_path("figure_4", options)
+    return wrong_sign_mass.draw(illustrations.wrong_signs(), path)
 
 
 def draw_factors(problems: Sequence[str], options: Options) -> Path:
     """Figure 5; returns its path."""
     del problems
-    return adaptation_factors.draw(_figure_path("figure_5", options))
+    path = _figure_path("figure_5", options)
+    return adaptation_factors.draw(*illustrations.adaptation_factors(), path)
 
 
 # A study adds its figure, and its command, by a row.

@@ -93,6 +93,31 @@ class Record:
         return not math.isfinite(self.evaluations[-1].training_loss)
 
 
+@dataclasses.dataclass(frozen=True)
+class StudyRecord:
+    """A finished study of the theory.
+
+    Attributes:
+      directory: Where it is.
+      config: The settings.
+      environment: What it ran on.
+      results: The lines of `evaluations.jsonl`.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    def select(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The results whose entries have these values, in their order."""
+        return [
+            result
+            for result in self.results
+            if all(result[key] == value for key, value in wanted.items())
+        ]
+
+
 # ---- To and from text -------------------------------------------------------------
 
 

@@ -12,8 +12,16 @@ from matplotlib.image import imread
 
 from dissect_optax import theory
 from experiments.__main__ import main
-from experiments.studies import catalogue, convergence, quadratics, readings, sign_map
-from experiments.studies.study import StudyRecord, complete
+from experiments.records import StudyRecord
+from experiments.studies import (
+    catalogue,
+    convergence,
+    illustrations,
+    quadratics,
+    readings,
+    sign_map,
+)
+from experiments.studies.study import complete
 
 
 def record_of(results, config=None):
@@ -59,6 +67,21 @@ def test_the_figures_of_the_theory_render(number, tmp_path, capsys):
     path = tmp_path / "figures" / f"figure_{number}.png"
     assert str(path) in capsys.readouterr().out
     assert imread(path).std() > 0.05
+
+
+def test_figure_4_shades_the_probability_that_it_prints():
+    for panel in illustrations.wrong_signs():
+        x, density = panel["x"], panel["density"]
+        # What lies left of the axis is less than half a percent.
+        shaded = np.trapezoid(density[x <= 0], x[x <= 0])
+        assert panel["wrong_sign"] == pytest.approx(shaded, abs=0.005)
+
+
+def test_figure_5_draws_factors_of_the_relative_variance():
+    eta, factors = illustrations.adaptation_factors()
+    np.testing.assert_allclose(factors["inverse"], 1 / (1 + eta**2), rtol=1e-5)
+    np.testing.assert_allclose(factors["inverse_sqrt"], (1 + eta**2) ** -0.5, 1e-5)
+    assert factors["gaussian_sign"][eta == 1] == pytest.approx(0.6826895, rel=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from experiments.figures.style import WIDTH, color, line_style, save, style
 from experiments.records import Record
-from experiments.tuning import Outcome
 
 
 def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -25,17 +24,20 @@ def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.nd
     return steps, values
 
 
-def _draw_band(axes: Axes, outcome: Outcome, quantity: str) -> None:
+def _draw_band(
+    axes: Axes, label: str, records: Sequence[Record], quantity: str
+) -> None:
     """Mean of one method, shaded by one standard deviation."""
-    steps, values = _curves(outcome.replications, quantity)
+    steps, values = _curves(records, quantity)
     mean = values.mean(axis=0)
-    shade = color(outcome.method.name)
+    method = records[0].config.optimizer
+    shade = color(method)
     axes.plot(
         steps,
         mean,
         color=shade,
-        linestyle=line_style(outcome.method.name),
-        label=outcome.method.label,
+        linestyle=line_style(method),
+        label=label,
     )
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
@@ -52,11 +54,11 @@ def _use_plain_log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
+def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> Path:
     """Draws the figure.
 
     Args:
-      columns: By the problem's title, the outcomes of its methods.
+      columns: By the problem's title, and by the method's label, the replications.
       path: Where to write it.
 
     Returns:
@@ -65,10 +67,10 @@ def draw(columns: Mapping[str, Mapping[str, Outcome]], path: Path) -> Path:
     with style():
         figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
         axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
-        for column, (title, outcomes) in enumerate(columns.items()):
+        for column, (title, methods) in enumerate(columns.items()):
             for row, quantity in enumerate(("training_loss", "test_loss")):
-                for outcome in outcomes.values():
-                    _draw_band(axes[row, column], outcome, quantity)
+                for label, records in methods.items():
+                    _draw_band(axes[row, column], label, records, quantity)
                 _use_plain_log_scale(axes[row, column])
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.01)

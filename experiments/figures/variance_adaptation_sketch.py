@@ -7,27 +7,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from dissect_optax import theory
 from experiments.figures.style import WIDTH, color, save, style
 
-_GRADIENT = np.array([2.0, 1.0])
-_STD = np.array([1.0, 1.5])
-_SAMPLES = 300
 
-
-def _draw_cloud(axes: Axes, samples: np.ndarray, factors: np.ndarray) -> None:
+def _draw_cloud(
+    axes: Axes,
+    gradient: np.ndarray,
+    std: np.ndarray,
+    samples: np.ndarray,
+    factors: np.ndarray,
+) -> None:
     """Adapted samples, their one-deviation ellipse, their mean and the gradient."""
     shade = color("sgd") if np.all(factors == 1) else color("svag")
-    mean, std = factors * _GRADIENT, factors * _STD
-    adapted = factors * samples
+    mean, adapted = factors * gradient, factors * samples
     axes.scatter(
         adapted[:, 0], adapted[:, 1], s=7, color=shade, alpha=0.35, linewidths=0
     )
     axes.add_patch(
-        Ellipse(tuple(mean), *(2 * std), fill=False, edgecolor=shade, linewidth=1.4)
+        Ellipse(
+            tuple(mean),
+            *(2 * factors * std),
+            fill=False,
+            edgecolor=shade,
+            linewidth=1.4,
+        )
     )
     for vector, line_color, label in (
-        (_GRADIENT, "#222222", "true gradient ∇L"),
+        (gradient, "#222222", "true gradient ∇L"),
         (mean, shade, "expected direction"),
     ):
         if label.startswith("true") or not np.all(factors == 1):
@@ -53,24 +59,31 @@ def _draw_cloud(axes: Axes, samples: np.ndarray, factors: np.ndarray) -> None:
     axes.legend(loc="lower right", fontsize=9)
 
 
-def draw(path: Path) -> Path:
+def draw(
+    gradient: np.ndarray,
+    std: np.ndarray,
+    samples: np.ndarray,
+    factors: np.ndarray,
+    path: Path,
+) -> Path:
     """Draws the figure.
 
     Args:
+      gradient: The true gradient, of shape [2].
+      std: Standard deviations of the stochastic gradient, of shape [2].
+      samples: Stochastic gradients, of shape [samples, 2].
+      factors: The variance adaptation factors, of shape [2].
       path: Where to write it.
 
     Returns:
       The path.
     """
-    normal = np.random.default_rng(0).normal(size=(_SAMPLES, 2))
-    samples = _GRADIENT + _STD * normal
-    factors = np.asarray(theory.optimal_factor(_GRADIENT, _STD))
     first, second = factors
     with style():
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
         plain, adapted = figure.subplots(1, 2, sharey=True)
-        _draw_cloud(plain, samples, np.ones(2))
-        _draw_cloud(adapted, samples, factors)
+        _draw_cloud(plain, gradient, std, samples, np.ones(2))
+        _draw_cloud(adapted, gradient, std, samples, factors)
         plain.set_title("stochastic gradients g")
         adapted.set_title(f"γ ⊙ g,  γ = ({first:.2f}, {second:.2f})")
         plain.set_ylabel("second coordinate")

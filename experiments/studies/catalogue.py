@@ -11,9 +11,9 @@ from rich.table import Table
 from experiments.figures import convergence as convergence_figure
 from experiments.figures import quadratics as quadratics_figure
 from experiments.figures import sign_map as map_figure
-from experiments.records import to_text, write_atomically
+from experiments.records import StudyRecord, to_text, write_atomically
 from experiments.studies import convergence, quadratics, readings, sign_map
-from experiments.studies.study import Study, StudyRecord, complete
+from experiments.studies.study import Study, complete
 
 Reading = list[dict[str, Any]]
 

@@ -17,7 +17,13 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import track
 
-from experiments.records import digest, environment, to_text, write_atomically
+from experiments.records import (
+    StudyRecord,
+    digest,
+    environment,
+    to_text,
+    write_atomically,
+)
 
 
 class Study(Protocol):
@@ -33,31 +39,6 @@ class Study(Protocol):
 
     def run(self) -> Iterator[dict[str, Any]]:
         """The results, in the order in which they are finished."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyRecord:
-    """A finished study.
-
-    Attributes:
-      directory: Where it is.
-      config: The settings.
-      environment: What it ran on.
-      results: The lines of `evaluations.jsonl`.
-    """
-
-    directory: Path
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    results: list[dict[str, Any]]
-
-    def select(self, **wanted: Any) -> list[dict[str, Any]]:
-        """The results whose entries have these values, in their order."""
-        return [
-            result
-            for result in self.results
-            if all(result[key] == value for key, value in wanted.items())
-        ]
 
 
 def complete(study: Study, runs_dir: Path) -> StudyRecord:
