@@ -57,6 +57,22 @@ def grid_point(size: float) -> int:
     )
 
 
+def point_on_grid(size: float) -> int | None:
+    """The grid point with exactly this step size; None for any other number.
+
+    Examples:
+      >>> point_on_grid(0.3)
+      -2
+      >>> [point_on_grid(size) for size in (0.35, 0.0, -1.0, float("nan"))]
+      [None, None, None, None]
+    """
+    text = f"{size:.0e}"
+    digit, _, decade = text.partition("e")
+    if digit not in map(str, _DIGITS) or float(text) != size:
+        return None
+    return int(decade) * _POINTS_PER_DECADE + _DIGITS.index(int(digit))
+
+
 def is_stable(record: Record) -> bool:
     """Whether the training loss stayed finite and ended below where it began."""
     losses = [line.training_loss for line in record.evaluations]
@@ -160,10 +176,10 @@ def _tuning_records(job: Job, method: Method) -> dict[int, Record]:
     records = job.store.records(job.problem.name, method.name, job.settings)
     found = {}
     for record in records:
-        size = record.config.learning_rate
+        point = point_on_grid(record.config.learning_rate)
         # Runs off the grid were trained by hand.
-        if record.config.seed == TUNING_SEED and size == step_size(grid_point(size)):
-            found[grid_point(size)] = record
+        if record.config.seed == TUNING_SEED and point is not None:
+            found[point] = record
     return found
 
 

@@ -9,7 +9,14 @@ from experiments.errors import UserError
 from experiments.problems import Settings
 from experiments.records import Measurement, Record, RunConfig
 from experiments.reporting import mean_and_std, paired_effect
-from experiments.tuning import grid_point, is_stable, missing_points, select, step_size
+from experiments.tuning import (
+    grid_point,
+    is_stable,
+    missing_points,
+    point_on_grid,
+    select,
+    step_size,
+)
 
 SETTINGS = Settings(steps=20, batch_size=8, l2=0.1, evaluation_interval=10)
 
@@ -40,6 +47,13 @@ def test_grid_is_6_3_1_times_powers_of_ten():
     expected = [float(f"{digit}e{m}") for m in range(-3, 3) for digit in (1, 3, 6)][:16]
     assert sizes == expected
     assert [grid_point(size) for size in sizes] == list(range(-9, 7))
+
+
+def test_only_grid_points_are_on_the_grid():
+    points = list(range(-60, 60))
+    assert [point_on_grid(step_size(point)) for point in points] == points
+    for size in (0.0, -0.0, -3.0, 2.0, 0.31, 1e-60 / 3, math.inf, -math.inf, math.nan):
+        assert point_on_grid(size) is None
 
 
 @pytest.mark.parametrize(
