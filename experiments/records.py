@@ -121,15 +121,21 @@ class StudyRecord:
 # ---- To and from text -------------------------------------------------------------
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+def _finite(content: Any) -> Any:
+    """The content with null for numbers that are not finite, which JSON lacks."""
+    match content:
+        case dict():
+            return {key: _finite(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_finite(value) for value in content]
+        case float() if not math.isfinite(content):
+            return None
+    return content
 
 
 def measurement_to_json(measurement: Measurement) -> dict[str, float | None]:
     """The measurement as a JSON object."""
-    fields = dataclasses.asdict(measurement)
-    return {name: _number(value) for name, value in fields.items()}
+    return _finite(dataclasses.asdict(measurement))
 
 
 def measurement_from_json(fields: dict[str, Any]) -> Measurement:
@@ -151,8 +157,8 @@ def config_from_json(fields: dict[str, Any]) -> RunConfig:
 
 
 def to_text(content: Any) -> str:
-    """JSON that is pleasant to read."""
-    return json.dumps(content, indent=2) + "\n"
+    """JSON that is pleasant to read; null is a number that is not finite."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def digest(content: Any) -> str:
@@ -197,12 +203,25 @@ def environment() -> dict[str, Any]:
 # ---- The directory of records -----------------------------------------------------
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an error of the file system name the path, which a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """A file with this text, whole or not at all, also when the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    with (
+        naming(path),
+        tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file,
+    ):
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -183,7 +183,7 @@ def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
       outcomes: Outcomes by the method's name; not empty.
 
     Returns:
-      A tree that JSON can hold.
+      A tree for `records.to_text`; the deviation of a single run is NaN.
     """
     methods = {}
     for name, outcome in outcomes.items():

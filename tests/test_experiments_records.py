@@ -9,7 +9,14 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.problems import Settings
-from experiments.records import Measurement, Record, RunConfig, Store, write_atomically
+from experiments.records import (
+    Measurement,
+    Record,
+    RunConfig,
+    Store,
+    to_text,
+    write_atomically,
+)
 
 SETTINGS = Settings(steps=20, batch_size=8, l2=0.1, evaluation_interval=10)
 
@@ -45,6 +52,16 @@ def test_value_that_is_not_finite_is_null(tmp_path):
     assert found is not None
     assert found.diverged
     assert not made_up_record().diverged
+
+
+def test_numbers_that_are_not_finite_are_null_at_any_depth():
+    content = {"std": math.nan, "all": [1.0, (math.inf, "NaN")], "count": 2}
+    text = to_text(content)
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "std": None,
+        "all": [1.0, [None, "NaN"]],
+        "count": 2,
+    }
 
 
 def test_every_setting_makes_another_record(tmp_path):
