@@ -52,7 +52,7 @@ class Problem:
       title: Name in figures and tables.
       network_summary: The network in a few words; part of every record.
       settings: The published settings.
-      smoke: Settings with which every command ends within seconds.
+      smoke: Settings with which a command does little but compile.
       load_data: From a data directory (or None for the usual one) to the data set,
           each half in random order.
       network: From random streams to a Flax NNX module whose only variables are

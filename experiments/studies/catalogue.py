@@ -24,7 +24,7 @@ class Entry:
 
     Attributes:
       settings: The study.
-      smoke: The same within seconds.
+      smoke: The same at a small size.
       read: From the record to the summary.
       table: From the summary to what is printed.
       draw: From the record to the figure.
