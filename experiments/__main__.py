@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 from tyro.conf import Positional
@@ -28,6 +29,8 @@ from experiments.running import Job, complete
 from experiments.studies import catalogue, illustrations
 from experiments.tuning import Outcome, outcome, replicate, tune
 
+_SINGLE = np.finfo(np.float32)
+_LARGEST_SEED = 2**32 - 1
 _PROGRAM = "python -m experiments"
 _MAIN_JOB = ("reproduce", "digits")
 
@@ -43,7 +46,8 @@ class Options:
     checkpoint_seconds: float = 30.0
     """Least time between two checkpoints; what a killed run loses at most."""
     smoke: bool = False
-    """Everything within seconds: a few steps, two seeds. Tests the code, not Adam."""
+    """A few steps, two seeds: within a minute, nearly all of it compilation. Tests the
+    code, not Adam."""
 
 
 _ProblemName = Positional[Annotated[str, tyro.conf.arg(metavar="PROBLEM")]]
@@ -113,6 +117,14 @@ def train(
     """
     job = _job(problem, options)
     method = get_method(optimizer)
+    # Runs compute in single precision, where other numbers are zero or infinite.
+    if not float(_SINGLE.tiny) <= learning_rate <= float(_SINGLE.max):
+        raise UserError(
+            "`--learning-rate` must be a positive number of single precision, got"
+            f" {learning_rate:g}."
+        )
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"`--seed` must lie in [0, {_LARGEST_SEED}], got {seed}.")
     config = job.config(method, learning_rate, seed)
     title = f"{method.label}, step size {learning_rate:g}, seed {seed}"
     (record,) = complete(job, method, title, [config])
@@ -166,6 +178,8 @@ def reproduce(
       seeds: Replications of each method; ten, or two with --smoke.
       options: What every command understands.
     """
+    if seeds is not None and seeds < 1:
+        raise UserError(f"`--seeds` must be at least 1, got {seeds}.")
     job = _job(problem, options)
     methods = [get_method(name) for name in optimizers]
     for method in methods:
@@ -377,6 +391,16 @@ def main(arguments: Sequence[str]) -> int:
         )
     except UserError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # A full disk, say, or a file where a directory should be.
+        print(
+            f"{_PROGRAM}: {error.strerror or error}"
+            + (f": {error.filename}" if error.filename else "")
+            + ". Are --runs-dir and --data-dir directories that you may write to, on a"
+            " disk with room?",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(

@@ -10,6 +10,7 @@ the disk, leaves the checkpoint before. A group that is resumed is the same prog
 the same arrays, so its records are the same to the last bit (but for the seconds).
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -28,6 +29,7 @@ from experiments.records import (
     digest,
     measurement_from_json,
     measurement_to_json,
+    naming,
     to_text,
     write_atomically,
 )
@@ -119,12 +121,16 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
         [measurement_to_json(line) for line in lines] for lines in progress.evaluations
     ]
     measured = {"seconds": progress.seconds, "evaluations": evaluations}
-    with ocp.CheckpointManager(
-        (_folder(store, group) / "checkpoints").absolute(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=1, enable_async_checkpointing=False
-        ),
-    ) as manager:
+    folder = (_folder(store, group) / "checkpoints").absolute()
+    with (
+        naming(folder),
+        ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, enable_async_checkpointing=False
+            ),
+        ) as manager,
+    ):
         manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -190,4 +196,8 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
 
 def remove(store: Store, group: Group) -> None:
     """Forgets the checkpoints of a group whose records are written."""
-    shutil.rmtree(_folder(store, group), ignore_errors=True)
+    folder = _folder(store, group)
+    shutil.rmtree(folder, ignore_errors=True)
+    # There may be other groups, or none may ever have had a checkpoint.
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -63,7 +64,7 @@ def get_method(name: str) -> Method:
       The method.
 
     Raises:
-      UserError: There is none of this name.
+      UserError: There is none of this name, or it is no optimizer.
 
     Examples:
       >>> get_method("m_svag").label
@@ -89,4 +90,17 @@ def get_method(name: str) -> Method:
             f"Optax has no '{name}'. Expected the path of an optimizer, such as"
             " 'optax.adamw' or 'optax.contrib.muon'."
         ) from None
+    if not _makes_optimizers(factory):
+        raise UserError(
+            f"'{name}' is no optimizer: it does not make a gradient transformation from"
+            " a learning rate alone. Expected a path such as 'optax.adamw'."
+        )
     return Method(name, name, factory, 0.1)
+
+
+def _makes_optimizers(factory: Any) -> bool:
+    """Whether a learning rate is all it needs to make a gradient transformation."""
+    try:
+        return isinstance(factory(0.1), optax.GradientTransformation)
+    except Exception:  # It may be anything that Optax holds.
+        return False

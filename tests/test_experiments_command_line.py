@@ -1,7 +1,9 @@
 """Every command at smoke size, what it says about mistakes, and kill and resume."""
 
+import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from matplotlib.image import imread
 from experiments.__main__ import COMMANDS, FIGURES, main
 from experiments.methods import FOUR_METHODS
 
+TRAIN = ["train", "digits", "--optimizer", "m_svag"]
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -121,6 +124,25 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
             ["train", "digits", "--optimizer", "optax.adm", "--learning-rate", "1"],
             "Optax has no 'optax.adm'",
         ),
+        *(
+            (
+                ["train", "digits", "--optimizer", path, "--learning-rate", "1"],
+                f"'{path}' is no optimizer",
+            )
+            for path in ("optax.losses", "optax.apply_updates", "optax.linear_schedule")
+        ),
+        *(
+            ([*TRAIN, "--learning-rate", rate], f"positive number .* got {rate}")
+            for rate in ("0", "-1", "nan", "inf", "1e-60")
+        ),
+        *(
+            ([*TRAIN, "--learning-rate", "1", "--seed", seed], f"`--seed` .*got {seed}")
+            for seed in ("-1", str(2**32))
+        ),
+        *(
+            (["reproduce", "digits", "--seeds", seeds], f"`--seeds` .* got {seeds}")
+            for seeds in ("0", "-3")
+        ),
     ],
 )
 def test_mistake_is_answered_in_a_sentence(
@@ -129,8 +151,30 @@ def test_mistake_is_answered_in_a_sentence(
     monkeypatch.chdir(tmp_path)  # Where there are no records.
     assert main(arguments) == 2
     printed = capsys.readouterr()
-    assert message in printed.err
+    assert re.search(message, printed.err)
     assert "Traceback" not in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_dir_that_is_a_file_is_named(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    runs.touch()
+    options = ["--smoke", "--runs-dir", str(runs)]
+    for command in ([*TRAIN, "--learning-rate", "1"], ["quadratic"], ["figure", "5"]):
+        assert main([*command, *options]) == 2
+        printed = capsys.readouterr().err
+        assert str(runs) in printed
+        assert "Are --runs-dir and --data-dir directories" in printed
+
+
+def test_full_disk_is_named(smoke_runs, monkeypatch, capsys):
+    def fill(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", fill)
+    assert main(["--smoke", "--runs-dir", str(smoke_runs)]) == 2
+    summary = smoke_runs / "digits" / "summary_smoke.json"
+    assert f"No space left on device: {summary}." in capsys.readouterr().err
 
 
 def test_unknown_option_names_the_nearest(capsys):
@@ -217,7 +261,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_record(tmp_path, monkeypatch)
         folder.glob("digits/m_svag/rate*") for folder in (runs, reference)
     )
     assert lines_of(record) == lines_of(expected)
-    assert not list(runs.glob("digits/m_svag/unfinished/*"))
+    assert not (runs / "digits" / "m_svag" / "unfinished").exists()
 
 
 def test_damaged_checkpoint_is_named(tmp_path, monkeypatch, capsys):
