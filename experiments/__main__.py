@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from experiments import reporting
+from experiments import interrupts, reporting
 from experiments.errors import UserError, unknown_name
 from experiments.figures import (
     adaptation_factors,
@@ -359,6 +359,22 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _run(arguments: Sequence[str]) -> None:
+    """Runs the command that begins these arguments."""
+    if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        raise UserError(unknown_name("command", arguments[0], COMMANDS))
+    tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog=_PROGRAM,
+        description=(
+            "Takes Adam apart by experiment. Without a command:"
+            f" `{' '.join(_MAIN_JOB)}`. Problems: {', '.join(PROBLEMS)}."
+        ),
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs a command.
 
@@ -377,18 +393,8 @@ def main(arguments: Sequence[str]) -> int:
     # Orbax tells there about its housekeeping.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
-            raise UserError(unknown_name("command", arguments[0], COMMANDS))
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog=_PROGRAM,
-            description=(
-                "Takes Adam apart by experiment. Without a command:"
-                f" `{' '.join(_MAIN_JOB)}`. Problems: {', '.join(PROBLEMS)}."
-            ),
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with interrupts.noted():
+            _run(arguments)
     except UserError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return 2

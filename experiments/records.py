@@ -231,7 +231,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     """A file with this text, on the disk before this returns."""
-    with path.open("w") as file:
+    with naming(path), path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

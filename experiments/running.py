@@ -156,12 +156,14 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
     members = _members(group)
     with (
         job.monitor.group(title, settings.steps) as report,
-        interrupts.deferred() as interrupted,
+        interrupts.deferred(),
     ):
         progress = _begin(job, method, group, members)
         last_save = time.perf_counter()
         started = last_save - progress.seconds
         report.begin(progress.step)
+        # Nothing is lost yet.
+        interrupts.check()
         while progress.step < settings.steps and _alive(progress):
             progress.state = advance(
                 job.problem,
@@ -176,14 +178,15 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
             _add_evaluation(job, members, progress, started)
             report(progress.step, [lines[-1] for lines in progress.evaluations])
             due = time.perf_counter() - last_save >= job.checkpoint_seconds
-            if due or interrupted.is_set():
+            if due or interrupts.arrived():
                 checkpoints.save(job.store, group, progress)
                 last_save = time.perf_counter()
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-    for config, lines in zip(group.configs, progress.evaluations, strict=True):
-        job.store.write(Record(config, tuple(lines), environment()))
-    checkpoints.remove(job.store, group)
+            interrupts.check()
+        for config, lines in zip(group.configs, progress.evaluations, strict=True):
+            job.store.write(Record(config, tuple(lines), environment()))
+        checkpoints.remove(job.store, group)
+    # One that came after the last steps.
+    interrupts.check()
 
 
 def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Group]:

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import jax
 import pytest
 from matplotlib.image import imread
 
+from experiments import running
 from experiments.__main__ import COMMANDS, FIGURES, main
 from experiments.methods import FOUR_METHODS
+from experiments.records import Store
+from experiments.studies import convergence
 
 TRAIN = ["train", "digits", "--optimizer", "m_svag"]
 REPOSITORY = Path(__file__).parent.parent
@@ -213,6 +217,69 @@ def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch, ca
     )
     assert main(command) == 0
     assert begun_at == [10]
+
+
+def interrupted_by(function):
+    """The function, with a Ctrl-C that arrives while it works."""
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return function(*arguments)
+
+    return interrupted
+
+
+def test_interrupt_before_the_first_step_ends_the_run(tmp_path, monkeypatch, capsys):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr("experiments.running._begin", interrupted_by(running._begin))
+    monkeypatch.setattr("experiments.running.advance", pytest.fail)
+    assert main(command) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_interrupt_after_the_last_step_keeps_the_record(tmp_path, monkeypatch):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "experiments.running.environment", interrupted_by(running.environment)
+        )
+        assert main(command) == 130
+    monkeypatch.setattr("experiments.running._run_group", pytest.fail)
+    assert main(command) == 0
+
+
+def test_interrupt_ends_the_wait_for_another_process(tmp_path, monkeypatch, capsys):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir", str(tmp_path)]
+    locked, finished = threading.Event(), threading.Event()
+
+    def other():
+        with Store(tmp_path).lock("digits", "m_svag", pytest.fail):
+            locked.set()
+            finished.wait(60)
+
+    def wait(*_):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr("experiments.progress.Monitor.say", wait)
+    monkeypatch.setattr("experiments.running._run_group", pytest.fail)
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        assert locked.wait(30)
+        assert main(command) == 130
+    finally:
+        finished.set()
+        thread.join()
+    assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_interrupt_ends_a_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "experiments.studies.convergence.make_problem",
+        interrupted_by(convergence.make_problem),
+    )
+    assert main(["convergence", "--smoke", "--runs-dir", str(tmp_path)]) == 130
+    assert not list(tmp_path.glob("studies/convergence*"))
 
 
 # ---- Kill and resume --------------------------------------------------------------

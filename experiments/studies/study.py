@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import track
 
+from experiments import interrupts
 from experiments.records import (
     StudyRecord,
     digest,
@@ -62,7 +63,11 @@ def complete(study: Study, runs_dir: Path) -> StudyRecord:
             console=console,
             transient=True,
         )
-        _write(directory, config, list(results))
+        finished = []
+        for result in results:
+            interrupts.check()
+            finished.append(result)
+        _write(directory, config, finished)
     return _read(directory)
 
 
