@@ -41,7 +41,7 @@ def _draw_map(
     )
     if ratios.min() < 0 < ratios.max():
         axes.contour(conditions, fractions, ratios, levels=[0.0], colors="black")
-    lines = axes.contour(
+    axes.contour(
         conditions,
         fractions,
         dominances,
@@ -51,12 +51,18 @@ def _draw_map(
         linestyles="dashed",
     )
     if name_contours:
-        column = int(0.6 * len(conditions))
-        places = [
-            (conditions[column], np.interp(-level, -dominances[:, column], fractions))
-            for level in _DOMINANCES
-        ]
-        axes.clabel(lines, fontsize=7, fmt="c = %g", manual=places, inline_spacing=12)
+        column = int(0.75 * len(conditions))
+        for level in _DOMINANCES:
+            height = np.interp(-level, -dominances[:, column], fractions)
+            axes.text(
+                conditions[column],
+                height,
+                f"c = {level:g}",
+                fontsize=7,
+                ha="center",
+                va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            )
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.grid(visible=False)
