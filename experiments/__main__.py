@@ -362,6 +362,11 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def _run(arguments: Sequence[str]) -> None:
     """Runs the command that begins these arguments."""
     if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
+        if arguments[0] in PROBLEMS:
+            raise UserError(
+                f"'{arguments[0]}' is a problem, not a command. Did you mean"
+                f" `{_PROGRAM} reproduce {arguments[0]}`?"
+            )
         raise UserError(unknown_name("command", arguments[0], COMMANDS))
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,

@@ -345,3 +345,9 @@ def test_damaged_checkpoint_is_named(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(command) == 2
     assert "Remove that directory to begin these runs again" in capsys.readouterr().err
+
+
+def test_a_problem_in_place_of_a_command_is_told_apart(capsys):
+    assert main(["digits"]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "Did you mean `python -m experiments reproduce digits`?" in message
