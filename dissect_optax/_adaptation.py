@@ -143,10 +143,6 @@ def adapt_to_variance(
     """
     check_callable("factor", factor, "a function of the relative variance η²")
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
     def update_fn(
         updates: Estimate,
         state: optax.EmptyState,
@@ -170,4 +166,4 @@ def adapt_to_variance(
             adapted = jax.tree.map(adapt, estimate.mean, estimate.variance)
         return in_gradient_dtype(estimate, adapted), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

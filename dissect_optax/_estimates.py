@@ -299,7 +299,7 @@ def attach_variance() -> optax.GradientTransformationExtraArgs:
         mean = widen(updates)
         return _new_estimate(updates, mean, variance), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def aggregate_per_example() -> optax.GradientTransformationExtraArgs:
@@ -349,7 +349,7 @@ def aggregate_per_example() -> optax.GradientTransformationExtraArgs:
         variance = jax.tree.map(_formulas.variance_of_mean, wide, mean)
         return _new_estimate(updates, mean, variance), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def with_relative_variance_of(
@@ -676,12 +676,6 @@ def _check_gradient(updates: Any, name: str) -> None:
             f"`{name}` makes an Estimate from plain gradients, got an Estimate. Use "
             "one source of variance in a chain."
         )
-
-
-def _no_state(params: optax.Params) -> optax.EmptyState:
-    """The state of a stateless transformation."""
-    del params
-    return optax.EmptyState()
 
 
 def _is_none(leaf: Any) -> bool:

@@ -40,7 +40,6 @@ ADDITIONS = ("add", "add_any")
 PERMUTATIONS = (
     "broadcast_in_dim",
     "copy",
-    "expand_dims",
     "pad",
     "reduce_sum",
     "reshape",

@@ -41,10 +41,6 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
       Balles & Hennig, "Dissecting Adam", §1.1, Eq. (6).
     """
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
     def update_fn(
         updates: optax.Updates | Estimate,
         state: optax.EmptyState,
@@ -59,4 +55,4 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
         spread = jax.tree.map(_formulas.relative_variance, mean, variance)
         return like_estimate(updates, signs, spread, same_ratio=True), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
