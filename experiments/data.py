@@ -25,10 +25,37 @@ class Examples(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A training and a test set, in random order."""
+    """A training and a test set, in random order, and what is held out of training."""
 
     training: Examples
     test: Examples
+    validation: Examples | None = None
+
+
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """Moves the end of the training set to the validation set.
+
+    Args:
+      dataset: A data set without a validation set.
+      fraction: Share of the training set to move; 0.0 leaves it whole.
+
+    Returns:
+      The data set in three parts, or as it was.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> images = Examples(jnp.arange(50), jnp.arange(50))
+      >>> split = hold_out(Dataset(training=images, test=images), 0.1)
+      >>> len(split.training.label), len(split.validation.label)
+      (45, 5)
+    """
+    held_out = round(fraction * len(dataset.training.label))
+    if not held_out:
+        return dataset
+    return dataset._replace(
+        training=jax.tree.map(lambda array: array[:-held_out], dataset.training),
+        validation=jax.tree.map(lambda array: array[-held_out:], dataset.training),
+    )
 
 
 def load_tfds(name: str, data_dir: Path | None) -> Dataset:

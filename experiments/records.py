@@ -65,8 +65,9 @@ class Measurement:
     """One line of `evaluations.jsonl`.
 
     A loss includes the L2 penalty, a cross-entropy does not. A value that was not
-    finite is NaN here and null in the file. Seconds count from the group's first step
-    and hold for the whole group, compilation included.
+    finite, or of a validation set that there is not, is NaN here and null in the file.
+    Seconds count from the group's first step and hold for the whole group, compilation
+    included.
     """
 
     step: int
@@ -77,6 +78,8 @@ class Measurement:
     test_accuracy: float
     learning_rate: float
     seconds: float
+    validation_loss: float = math.nan
+    validation_accuracy: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)

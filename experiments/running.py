@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
-from experiments.data import Dataset
+from experiments.data import Dataset, hold_out
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 from experiments.progress import Monitor
@@ -47,6 +47,11 @@ class Job:
     data_dir: Path | None = None
     checkpoint_seconds: float = 30.0
 
+    @property
+    def dataset(self) -> Dataset:
+        """The data, on the device."""
+        return _dataset(self.problem, self.data_dir, self.settings.validation_fraction)
+
     def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
         return RunConfig(
@@ -60,9 +65,13 @@ class Job:
 
 
 @functools.cache
-def _dataset(problem: Problem, data_dir: Path | None) -> Dataset:
+def _dataset(
+    problem: Problem, data_dir: Path | None, validation_fraction: float
+) -> Dataset:
     """The data, on the device, loaded once per process."""
-    return problem.load_data(data_dir)
+    if not validation_fraction:
+        return problem.load_data(data_dir)
+    return hold_out(_dataset(problem, data_dir, 0.0), validation_fraction)
 
 
 def _float(value: jax.Array) -> float:
@@ -71,20 +80,13 @@ def _float(value: jax.Array) -> float:
 
 
 def _measurement(
-    evaluation: Evaluation, index: int, step: int, seconds: float, test_images: int
+    evaluation: Evaluation, index: int, step: int, seconds: float
 ) -> Measurement:
     """One member's line."""
-    member = Evaluation(*(column[index] for column in evaluation))
-    return Measurement(
-        step=step,
-        training_loss=_float(member.training_loss),
-        training_cross_entropy=_float(member.training_cross_entropy),
-        test_loss=_float(member.test_loss),
-        test_cross_entropy=_float(member.test_cross_entropy),
-        test_accuracy=int(member.test_correct) / test_images,
-        learning_rate=_float(member.learning_rate),
-        seconds=round(seconds, 3),
-    )
+    values = {
+        name: _float(column[index]) for name, column in evaluation._asdict().items()
+    }
+    return Measurement(step=step, **values, seconds=round(seconds, 3))
 
 
 def _members(group: Group) -> Member:
@@ -114,12 +116,11 @@ def _add_evaluation(
     job: Job, members: Member, progress: GroupProgress, started: float
 ) -> None:
     """Measures every member that has not diverged."""
-    dataset = _dataset(job.problem, job.data_dir)
     evaluation = jax.device_get(
         evaluate(
             job.problem,
             job.settings,
-            dataset,
+            job.dataset,
             members,
             progress.state.step,
             progress.state.params,
@@ -128,13 +129,7 @@ def _add_evaluation(
     progress.seconds = time.perf_counter() - started
     for index in _alive(progress):
         progress.evaluations[index].append(
-            _measurement(
-                evaluation,
-                index,
-                progress.step,
-                progress.seconds,
-                len(dataset.test.label),
-            )
+            _measurement(evaluation, index, progress.step, progress.seconds)
         )
 
 
@@ -170,7 +165,7 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
                 method,
                 settings,
                 settings.evaluation_interval,
-                _dataset(job.problem, job.data_dir),
+                job.dataset,
                 members,
                 progress.state,
             )

@@ -48,14 +48,17 @@ class Evaluation(NamedTuple):
     """One evaluation; arrays are `[members]` in a group.
 
     A loss is the mean cross-entropy plus the L2 penalty. It is measured without
-    dropout and augmentation, over the whole test set.
+    dropout and augmentation, over the whole test set. Without a validation set, its
+    values are not a number.
     """
 
     training_loss: jax.Array
     training_cross_entropy: jax.Array
     test_loss: jax.Array
     test_cross_entropy: jax.Array
-    test_correct: jax.Array  # int32, the number of test images that are recognised
+    test_accuracy: jax.Array
+    validation_loss: jax.Array
+    validation_accuracy: jax.Array
     learning_rate: jax.Array
 
 
@@ -232,13 +235,13 @@ def _measure(
 def _measure_all(
     problem: Problem, params: nnx.State, examples: Examples
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy, and how many are recognised, over every example."""
+    """Mean cross-entropy, and the share that is recognised, over every example."""
     loss, correct = jax.lax.map(
         functools.partial(_measure, problem, params),
         examples,
         batch_size=min(_EXAMPLES_EVALUATED_AT_ONCE, len(examples.label)),
     )
-    return jnp.mean(loss), jnp.sum(correct)
+    return jnp.mean(loss), jnp.mean(correct)
 
 
 def _evaluate(
@@ -252,7 +255,12 @@ def _evaluate(
     """One evaluation of one run."""
     training = evaluated_training_examples(dataset.training)
     training_cross_entropy, _ = _measure_all(problem, params, training)
-    test_cross_entropy, test_correct = _measure_all(problem, params, dataset.test)
+    test_cross_entropy, test_accuracy = _measure_all(problem, params, dataset.test)
+    validation_cross_entropy = validation_accuracy = jnp.array(jnp.nan)
+    if dataset.validation is not None:
+        validation_cross_entropy, validation_accuracy = _measure_all(
+            problem, params, dataset.validation
+        )
     penalty = l2_penalty(params, settings.l2)
     learning_rate = problem.schedule(member.learning_rate)
     return Evaluation(
@@ -260,7 +268,9 @@ def _evaluate(
         training_cross_entropy=training_cross_entropy,
         test_loss=test_cross_entropy + penalty,
         test_cross_entropy=test_cross_entropy,
-        test_correct=test_correct,
+        test_accuracy=test_accuracy,
+        validation_loss=validation_cross_entropy + penalty,
+        validation_accuracy=validation_accuracy,
         learning_rate=jnp.asarray(
             learning_rate(step) if callable(learning_rate) else learning_rate
         ),

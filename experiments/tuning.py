@@ -3,7 +3,8 @@
 The grid is 6, 3, 1 · 10^m. A step size is stable when the training loss of its run
 stays finite and ends below where it began. Of the largest stable one and those up to
 a hundred times smaller, the one with the best maximal test accuracy wins, as in the
-paper: the choice sees the test set. Tuning runs have a seed of their own, so that the
+paper: the choice sees the test set. Where a part of the training set is held out, its
+accuracy counts instead. Tuning runs have a seed of their own, so that the
 replications are not the runs that won.
 """
 
@@ -140,14 +141,18 @@ class Tuned:
     candidates: tuple[Record, ...]
 
 
-def best_accuracy(record: Record) -> float:
-    """The highest test accuracy in the course of a run."""
-    return max(line.test_accuracy for line in record.evaluations)
-
-
 def _merit(record: Record) -> tuple[float, float]:
-    """Maximal test accuracy; among equals the lowest test loss decides."""
-    return best_accuracy(record), -min(line.test_loss for line in record.evaluations)
+    """Best accuracy in the course of a run; among equals the lowest loss decides."""
+    lines = record.evaluations
+    if record.config.settings.validation_fraction:
+        return (
+            max(line.validation_accuracy for line in lines),
+            -min(line.validation_loss for line in lines),
+        )
+    return (
+        max(line.test_accuracy for line in lines),
+        -min(line.test_loss for line in lines),
+    )
 
 
 def select(records: Sequence[Record]) -> Tuned:

@@ -20,12 +20,15 @@ class Settings:
       batch_size: Examples per mini-batch.
       l2: λ of the penalty ½λ‖w‖² on the weights, not on the biases.
       evaluation_interval: Steps between two evaluations; divides `steps`.
+      validation_fraction: Share of the training set that is held out of training, to
+          choose the step size on; with 0.0 the test set serves, as in the paper.
     """
 
     steps: int
     batch_size: int
     l2: float
     evaluation_interval: int
+    validation_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps % self.evaluation_interval:
