@@ -12,9 +12,11 @@ the same arrays, so its records are the same to the last bit (but for the second
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -112,6 +114,9 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
       store: The directory of records.
       group: The runs.
       progress: How far they are.
+
+    Raises:
+      OSError: The disk is full, say; the checkpoint before is whole.
     """
     # Imported late: it takes seconds, and short jobs end before their first checkpoint.
     import orbax.checkpoint as ocp
@@ -124,6 +129,7 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
     folder = (_folder(store, group) / "checkpoints").absolute()
     with (
         naming(folder),
+        _full_disk_named(),
         ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -131,6 +137,7 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
             ),
         ) as manager,
     ):
+        _require_space(folder, progress.state)
         manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -138,6 +145,24 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
                 measured=ocp.args.JsonSave(measured),
             ),
         )
+
+
+def _require_space(folder: Path, state: TrainState) -> None:
+    """Raises before anything is written when the disk has no room for the state."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """Makes the operating system's error of what Orbax says about a full disk."""
+    try:
+        yield
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _by_position(state: TrainState) -> dict[str, jax.Array]:

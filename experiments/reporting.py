@@ -17,7 +17,9 @@ from rich import box
 from rich.table import Table
 from scipy.special import stdtrit
 
+from experiments.problems import Problem
 from experiments.records import Record
+from experiments.running import Job
 from experiments.tuning import Outcome
 
 # Second minus first; names as on the command line.
@@ -127,11 +129,11 @@ def percent(mean: float, std: float) -> str:
     return f"{100 * mean:.1f} ± {100 * std:.1f} %"
 
 
-def accuracy_table(title: str, outcomes: Mapping[str, Outcome]) -> Table:
-    """Test accuracy after the last step, as Markdown.
+def accuracy_table(problem: Problem, outcomes: Mapping[str, Outcome]) -> Table:
+    """Test accuracy after the last step beside the paper's, as Markdown.
 
     Args:
-      title: Title of the problem.
+      problem: The test problem.
       outcomes: Outcomes by the method's name.
 
     Returns:
@@ -139,13 +141,18 @@ def accuracy_table(title: str, outcomes: Mapping[str, Outcome]) -> Table:
     """
     table = Table(box=box.MARKDOWN)
     table.add_column("method")
-    for column in (f"test accuracy, {title}", "step size", "largest stable", "seeds"):
+    table.add_column(f"test accuracy, {problem.title}", justify="right")
+    # The digits are not in the paper.
+    if problem.published:
+        table.add_column("paper", justify="right")
+    for column in ("step size", "largest stable", "seeds"):
         table.add_column(column, justify="right")
-    for outcome in outcomes.values():
+    for name, outcome in outcomes.items():
         accuracies = [final_accuracy(record) for record in outcome.replications]
         table.add_row(
             outcome.method.label,
             percent(*mean_and_std(accuracies)),
+            *([problem.published.get(name, "–")] if problem.published else []),
             f"{outcome.tuned.learning_rate:g}",
             f"{outcome.tuned.largest_stable:g}",
             str(len(accuracies)),
@@ -176,10 +183,11 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
     return table
 
 
-def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def summary(job: Job, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """The outcome of a problem with its provenance, small enough to be committed.
 
     Args:
+      job: Problem and settings.
       outcomes: Outcomes by the method's name; not empty.
 
     Returns:
@@ -195,12 +203,13 @@ def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
             "seeds": [r.config.seed for r in outcome.replications],
             "step_size": outcome.tuned.learning_rate,
             "largest_stable_step_size": outcome.tuned.largest_stable,
+            "environment": outcome.replications[0].environment,
         }
-    first = next(iter(outcomes.values())).replications[0]
     return {
-        "problem": first.config.problem,
-        "network": first.config.network,
-        "settings": dataclasses.asdict(first.config.settings),
+        "problem": job.problem.name,
+        "network": job.problem.network_summary,
+        "settings": dataclasses.asdict(job.settings),
+        "tuning_settings": dataclasses.asdict(job.tuning_settings),
         "methods": methods,
         "effects_of_the_sign": [
             dataclasses.asdict(effect) for effect in effects(outcomes, SIGN_COMPARISONS)
@@ -209,5 +218,4 @@ def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
             dataclasses.asdict(effect)
             for effect in effects(outcomes, ADAPTATION_COMPARISONS)
         ],
-        "environment": first.environment,
     }

@@ -14,6 +14,7 @@ import numpy as np
 from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
 from experiments.data import Dataset, hold_out
+from experiments.group_size import group_size
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 from experiments.progress import Monitor
@@ -33,7 +34,8 @@ class Job:
 
     Attributes:
       problem: The test problem.
-      settings: Its published settings, or its smoke settings.
+      settings: Its published settings, its smoke settings, or other steps.
+      tuning_settings: The settings of runs that find the step size.
       store: Where the records are.
       monitor: Where progress is shown.
       data_dir: Where the data are, None for the usual place.
@@ -42,6 +44,7 @@ class Job:
 
     problem: Problem
     settings: Settings
+    tuning_settings: Settings
     store: Store
     monitor: Monitor
     data_dir: Path | None = None
@@ -196,8 +199,9 @@ def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Grou
             checkpoints.remove(job.store, group)
     resumed = {config for group in groups for config in group.configs}
     fresh = [config for config in missing if config not in resumed]
-    on_cpu = jax.default_backend() == "cpu"
-    size = job.problem.members_on_cpu if on_cpu else max(len(fresh), 1)
+    if not fresh:
+        return groups
+    size = group_size(job.problem, job.settings, job.dataset, len(fresh))
     for first in range(0, len(fresh), size):
         groups.append(Group(tuple(fresh[first : first + size]), size))
     return groups

@@ -277,6 +277,32 @@ def _evaluate(
     )
 
 
+def lower_gradient(
+    problem: Problem, settings: Settings, image_shape: tuple[int, ...]
+) -> tuple[jax.stages.Lowered, nnx.State]:
+    """The gradient of one step, not compiled yet, to ask what it costs.
+
+    Args:
+      problem: The test problem.
+      settings: Batch size.
+      image_shape: Shape of one stored image.
+
+    Returns:
+      The program, and the shapes of its parameters.
+    """
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    params = jax.eval_shape(functools.partial(_initial_params, problem), seed)
+    images = jax.ShapeDtypeStruct((settings.batch_size, *image_shape), jnp.uint8)
+    labels: Any = jax.ShapeDtypeStruct((settings.batch_size,), jnp.int32)
+    batch = _Input(
+        values=jax.eval_shape(jax.vmap(problem.test_input), images),
+        label=labels,
+        dropout_key=jax.eval_shape(jax.vmap(jax.random.key), labels),
+    )
+    loss = functools.partial(_batch_loss, problem)
+    return jax.jit(jax.grad(loss)).lower(params, batch), params
+
+
 # ---- A group of runs: one compiled program each -----------------------------------
 
 

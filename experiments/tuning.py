@@ -11,7 +11,6 @@ replications are not the runs that won.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from experiments.errors import UserError
 from experiments.methods import Method
@@ -178,7 +177,7 @@ def select(records: Sequence[Record]) -> Tuned:
 
 def _tuning_records(job: Job, method: Method) -> dict[int, Record]:
     """The tuning runs that are finished, by grid point."""
-    records = job.store.records(job.problem.name, method.name, job.settings)
+    records = job.store.records(job.problem.name, method.name, job.tuning_settings)
     found = {}
     for record in records:
         point = point_on_grid(record.config.learning_rate)
@@ -204,12 +203,13 @@ def tune(job: Job, method: Method) -> Tuned:
     Returns:
       The step size that won, and what it won against.
     """
+    tuning_job = dataclasses.replace(job, settings=job.tuning_settings)
     records = _tuning_records(job, method)
     while points := _still_missing(method, records):
         configs = [
-            job.config(method, step_size(point), TUNING_SEED) for point in points
+            tuning_job.config(method, step_size(point), TUNING_SEED) for point in points
         ]
-        complete(job, method, f"{method.label}, tuning", configs)
+        complete(tuning_job, method, f"{method.label}, tuning", configs)
         records = _tuning_records(job, method)
     return select(list(records.values()))
 
@@ -250,6 +250,30 @@ class Outcome:
     replications: tuple[Record, ...]
 
 
+def find_outcome(job: Job, method: Method) -> Outcome | None:
+    """The outcome for one method, from records alone.
+
+    Args:
+      job: Problem, settings and store.
+      method: The method.
+
+    Returns:
+      The outcome with every replication that is finished, or None when tuning is not
+      complete or there is no replication.
+    """
+    records = _tuning_records(job, method)
+    if not records or _still_missing(method, records):
+        return None
+    tuned = select(list(records.values()))
+    replications = tuple(
+        record
+        for record in job.store.records(job.problem.name, method.name, job.settings)
+        if record.config.learning_rate == tuned.learning_rate
+        and record.config.seed >= FIRST_REPLICATION_SEED
+    )
+    return Outcome(method, tuned, replications) if replications else None
+
+
 def outcome(job: Job, method: Method) -> Outcome:
     """The outcome for one method, from records alone.
 
@@ -263,22 +287,12 @@ def outcome(job: Job, method: Method) -> Outcome:
     Raises:
       UserError: Tuning or replications are missing.
     """
-    problem = job.problem.name
-    records = _tuning_records(job, method)
-    tuned = None if _still_missing(method, records) else select(list(records.values()))
-    replications = tuple(
-        record
-        for record in job.store.records(problem, method.name, job.settings)
-        if tuned is not None
-        and record.config.learning_rate == tuned.learning_rate
-        and record.config.seed >= FIRST_REPLICATION_SEED
-    )
-    if tuned is None or not replications:
-        smoke = " --smoke" if job.settings == job.problem.smoke else ""
+    found = find_outcome(job, method)
+    if found is None:
+        problem = job.problem.name
         raise UserError(
             f"{job.store.root} holds no complete record of {method.label} on"
-            f" {problem}. Run `python -m experiments reproduce {problem}{smoke}`"
-            f" {'' if job.store.root == Path('runs') else 'with this --runs-dir '}"
-            "first."
+            f" {problem}. Run `python -m experiments reproduce {problem} --optimizers"
+            f" {method.name}` with the same options first."
         )
-    return Outcome(method, tuned, replications)
+    return found

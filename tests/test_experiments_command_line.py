@@ -17,7 +17,8 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import running
-from experiments.__main__ import COMMANDS, FIGURES, main
+from experiments.command_line import COMMANDS, main
+from experiments.commands import FIGURES
 from experiments.methods import FOUR_METHODS
 from experiments.records import Store
 from experiments.studies import convergence
@@ -54,9 +55,9 @@ def test_main_job_leaves_records_summary_and_figure(smoke_runs):
         evaluations = lines_of(directory)
         assert [line["step"] for line in evaluations] == [0, 10, 20]
         assert method["test_accuracies"][0] == evaluations[-1]["test_accuracy"]
+        assert method["environment"]["jax"] == jax.__version__
     assert len(summary["effects_of_the_sign"]) == 2
     assert len(summary["effects_of_variance_adaptation"]) == 2
-    assert summary["environment"]["jax"] == jax.__version__
     pixels = imread(smoke_runs / "figures" / "figure_3_digits_smoke.png")
     assert pixels.std() > 0.05
     assert not list(smoke_runs.glob("digits/*/unfinished/*"))
@@ -100,9 +101,10 @@ def test_train_gives_the_curve_of_the_group(smoke_runs, tmp_path, capsys):
     for line, other in zip(lines_of(alone), lines_of(in_group), strict=True):
         assert line.keys() == other.keys()
         for name, value in line.items():
-            # There is no validation set.
-            expected = None if name.startswith("validation") else other[name]
-            assert value == pytest.approx(expected, rel=1e-4)
+            if name.startswith("validation"):
+                assert value is None  # There is no validation set.
+            else:
+                assert value == pytest.approx(other[name], rel=1e-4)
 
 
 def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from dissect_optax import theory
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.records import StudyRecord
 from experiments.studies import (
     catalogue,

@@ -83,5 +83,4 @@ PROBLEM = Problem(
     network=Network,
     test_input=test_input,
     training_input=training_input,
-    members_on_cpu=10,
 )

@@ -67,4 +67,10 @@ PROBLEM = Problem(
     network=Network,
     test_input=test_input,
     training_input=training_input,
+    published={
+        "m_sgd": "92.0 ± 0.2 %",
+        "adam": "91.8 ± 0.3 %",
+        "m_ssd": "92.0 ± 0.2 %",
+        "m_svag": "91.6 ± 0.4 %",
+    },
 )

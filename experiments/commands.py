@@ -1,0 +1,446 @@
+"""The commands: each is a function whose parameters are its options."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+from experiments import reporting
+from experiments.errors import UserError
+from experiments.figures import (
+    adaptation_factors,
+    training_curves,
+    variance_adaptation_sketch,
+    wrong_sign_mass,
+)
+from experiments.methods import FOUR_METHODS, METHODS, get_method
+from experiments.problems import Settings, get_problem
+from experiments.progress import Monitor
+from experiments.records import Record, Store, to_text, write_atomically
+from experiments.running import Job, complete
+from experiments.studies import catalogue, illustrations
+from experiments.tuning import Outcome, find_outcome, outcome, replicate, tune
+
+_SINGLE = np.finfo(np.float32)
+_LARGEST_SEED = 2**32 - 1
+# Share of the training set that `--select-on validation` holds out.
+_HELD_OUT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every command understands."""
+
+    runs_dir: Path = Path("runs")
+    """Directory of the records; a finished run is found there and not run again."""
+    smoke: bool = False
+    """A few steps, two seeds: within a minute, nearly all of it compilation. Tests the
+    code, not Adam."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions(Options):
+    """What every command understands that has to do with training."""
+
+    data_dir: Path | None = None
+    """Directory of the TFDS data sets; by default $TFDS_DATA_DIR or
+    ~/tensorflow_datasets. digits needs none."""
+    checkpoint_seconds: float = 30.0
+    """Least time between two checkpoints; what a killed run loses at most."""
+    steps: int | None = None
+    """Steps of every run, for a look that is shorter than what was published."""
+    evaluation_interval: int | None = None
+    """Steps between two evaluations; divides the steps."""
+    tuning_steps: int | None = None
+    """Steps of the runs that find the step size, if not the same."""
+    select_on: Literal["test", "validation"] = "test"
+    """Where the accuracy counts that selects a step size: on the test set, as in the
+    paper, or on a tenth of the training set that the tuning runs are not shown."""
+
+
+_ProblemName = Positional[Annotated[str, tyro.conf.arg(metavar="PROBLEM")]]
+_Options = Annotated[Options, tyro.conf.arg(name="")]
+_TrainingOptions = Annotated[TrainingOptions, tyro.conf.arg(name="")]
+_STUDY_DEFAULTS = Options()
+_DEFAULTS = TrainingOptions()
+
+
+def _with_steps(
+    settings: Settings, steps: int | None, interval: int | None, flag: str
+) -> Settings:
+    """The settings with other numbers of steps, where they are given."""
+    steps = settings.steps if steps is None else steps
+    interval = settings.evaluation_interval if interval is None else interval
+    if steps < 1 or interval < 1 or steps % interval:
+        raise UserError(
+            f"`{flag}` must be a multiple of the evaluation interval, got {steps} and"
+            f" {interval}. Choose an interval that divides it by"
+            " `--evaluation-interval`."
+        )
+    return dataclasses.replace(settings, steps=steps, evaluation_interval=interval)
+
+
+def _job(problem_name: str, options: TrainingOptions) -> Job:
+    """Problem, settings, store and monitor that the options ask for."""
+    problem = get_problem(problem_name)
+    settings = _with_steps(
+        problem.smoke if options.smoke else problem.settings,
+        options.steps,
+        options.evaluation_interval,
+        "--steps",
+    )
+    tuning_settings = dataclasses.replace(
+        _with_steps(
+            settings,
+            options.tuning_steps,
+            options.evaluation_interval,
+            "--tuning-steps",
+        ),
+        validation_fraction=_HELD_OUT if options.select_on == "validation" else 0.0,
+    )
+    return Job(
+        problem=problem,
+        settings=settings,
+        tuning_settings=tuning_settings,
+        store=Store(options.runs_dir),
+        monitor=Monitor(),
+        data_dir=options.data_dir,
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
+
+
+def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
+    """What the records say about these methods."""
+    return {name: outcome(job, get_method(name)) for name in optimizers}
+
+
+def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
+    """What Figure 3 shows of them, by the method's label."""
+    return {found.method.label: found.replications for found in outcomes.values()}
+
+
+def _print_results(console: Console, job: Job, outcomes: dict[str, Outcome]) -> None:
+    """The accuracy table, and the two effects with what they mean."""
+    console.print(reporting.accuracy_table(job.problem, outcomes))
+    for aspect, comparisons in (
+        ("the sign", reporting.SIGN_COMPARISONS),
+        ("variance adaptation", reporting.ADAPTATION_COMPARISONS),
+    ):
+        if found := reporting.effects(outcomes, comparisons):
+            console.print(reporting.effect_table(aspect, found))
+    console.print(
+        "Test accuracy after the last step, mean ± one standard deviation over seeds.\n"
+        "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
+        "\ninterval, over seeds only: the tuning, by one seed, is not in it.",
+        highlight=False,
+    )
+
+
+# ---- Commands ---------------------------------------------------------------------
+
+
+def train(
+    problem: _ProblemName,
+    *,
+    optimizer: str,
+    learning_rate: float,
+    seed: int = 0,
+    options: _TrainingOptions = _DEFAULTS,
+) -> None:
+    """Train one network, and say where its record is.
+
+    Args:
+      problem: The test problem.
+      optimizer: A method such as m_svag, or the path of an Optax optimizer.
+      learning_rate: The step size; a problem with a schedule starts with it.
+      seed: Seed of initial parameters, mini-batches and noise.
+      options: What every command understands.
+    """
+    job = _job(problem, options)
+    method = get_method(optimizer)
+    # Runs compute in single precision, where other numbers are zero or infinite.
+    if not float(_SINGLE.tiny) <= learning_rate <= float(_SINGLE.max):
+        raise UserError(
+            "`--learning-rate` must be a positive number of single precision, got"
+            f" {learning_rate:g}."
+        )
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"`--seed` must lie in [0, {_LARGEST_SEED}], got {seed}.")
+    config = job.config(method, learning_rate, seed)
+    title = f"{method.label}, step size {learning_rate:g}, seed {seed}"
+    (record,) = complete(job, method, title, [config])
+    last = record.evaluations[-1]
+    if record.diverged:
+        outcome_text = f"diverged before step {last.step}"
+    else:
+        outcome_text = (
+            f"training loss {last.training_loss:.4g}, test loss {last.test_loss:.4g},"
+            f" test accuracy {last.test_accuracy:.1%}"
+        )
+    print(f"{title}: {outcome_text}")
+    print(f"Record: {job.store.directory(config)}")
+
+
+def tune_step_sizes(
+    problem: _ProblemName,
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    options: _TrainingOptions = _DEFAULTS,
+) -> None:
+    """Find the step size of every method, as §A.2 of the paper does.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      options: What every command understands.
+    """
+    job = _job(problem, options)
+    for name in optimizers:
+        method = get_method(name)
+        tuned = tune(job, method)
+        print(
+            f"{method.label}: step size {tuned.learning_rate:g}, best of"
+            f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
+        )
+
+
+def reproduce(
+    problem: _ProblemName,
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    seeds: int | None = None,
+    options: _TrainingOptions = _DEFAULTS,
+) -> None:
+    """Tune and replicate every method, then print the table and draw Figure 3.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      seeds: Replications of each method; ten, or two with --smoke.
+      options: What every command understands.
+    """
+    if seeds is not None and seeds < 1:
+        raise UserError(f"`--seeds` must be at least 1, got {seeds}.")
+    job = _job(problem, options)
+    methods = [get_method(name) for name in optimizers]
+    for method in methods:
+        tuned = tune(job, method)
+        replicate(
+            job,
+            method,
+            tuned.learning_rate,
+            seeds or (2 if options.smoke else 10),
+        )
+    outcomes = _outcomes(job, optimizers)
+    _print_results(Console(), job, outcomes)
+    summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
+    # Of every method that is complete, so that one command does not undo another's.
+    complete_outcomes = outcomes | {
+        name: found
+        for name, method in METHODS.items()
+        if (found := find_outcome(job, method))
+    }
+    write_atomically(summary, to_text(reporting.summary(job, complete_outcomes)))
+    name = "figure_3" if tuple(optimizers) == FOUR_METHODS else "_".join(optimizers)
+    path = training_curves.draw(
+        {job.problem.title: _replications(outcomes)},
+        _figure_path(f"{name}_{problem}", options),
+    )
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
+
+
+def table(
+    problems: Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PROBLEM ...]")]
+    ] = ("digits",),
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    options: _TrainingOptions = _DEFAULTS,
+) -> None:
+    """Print the accuracy table and the effects, from records.
+
+    Args:
+      problems: The test problems.
+      optimizers: The methods.
+      options: What every command understands.
+    """
+    for problem in problems:
+        job = _job(problem, options)
+        _print_results(Console(), job, _outcomes(job, optimizers))
+
+
+def curves(
+    problem: _ProblemName,
+    *,
+    optimizers: tuple[str, ...] = FOUR_METHODS,
+    options: _TrainingOptions = _DEFAULTS,
+) -> None:
+    """Draw the training and test loss of every record, tuned or not.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      options: What every command understands.
+    """
+    job = _job(problem, options)
+    records: dict[str, list[Record]] = {}
+    for method in map(get_method, optimizers):
+        for record in job.store.records(problem, method.name, job.settings):
+            label = f"{method.label}, {record.config.learning_rate:g}"
+            records.setdefault(label, []).append(record)
+    if not records:
+        raise UserError(
+            f"{job.store.root} holds no record of {', '.join(optimizers)} on {problem}"
+            f" with {job.settings.steps} steps. Run `python -m experiments train"
+            f" {problem}` with the same options first."
+        )
+    path = _figure_path(f"curves_{problem}_{job.settings.steps}", options)
+    print(f"Figure:  {training_curves.draw({job.problem.title: records}, path)}")
+
+
+def figure(
+    number: Positional[int],
+    *,
+    problems: tuple[str, ...] | None = None,
+    options: _TrainingOptions = _DEFAULTS,
+) -> None:
+    """Draw a figure of the paper, from records where it shows runs.
+
+    Args:
+      number: The figure's number in the paper.
+      problems: The columns of a figure that shows test problems; by default digits
+        in Figure 3, and cifar10 and cifar100 in Figures 6 and 7.
+      options: What every command understands.
+    """
+    if number not in FIGURES:
+        known = ", ".join(str(number) for number in FIGURES)
+        raise UserError(f"There is no command for Figure {number}. Known: {known}.")
+    print(f"Figure:  {FIGURES[number](problems, options)}")
+
+
+# ---- Studies of the theory --------------------------------------------------------
+
+
+def quadratic(*, options: _Options = _STUDY_DEFAULTS) -> None:
+    """Compare SGD and SSD on stochastic quadratic problems, and draw Figure 2.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("quadratic", "figure_2", options)
+
+
+def sign_map(*, options: _Options = _STUDY_DEFAULTS) -> None:
+    """Map where the sign is better: noise, conditioning and rotation of the basis.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("map", "sign_map", options)
+
+
+def convergence(*, options: _Options = _STUDY_DEFAULTS) -> None:
+    """See Theorem 1: idealised SVAG converges at a constant step size, SGD does not.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("convergence", "theorem_1", options)
+
+
+def _study(name: str, figure_name: str, options: Options) -> None:
+    """Runs a study, prints its reading and draws it."""
+    summary = catalogue.report(name, options.runs_dir, smoke=options.smoke)
+    path = catalogue.draw(
+        name,
+        options.runs_dir,
+        _figure_path(figure_name, options),
+        smoke=options.smoke,
+    )
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
+
+
+# ---- Figures ----------------------------------------------------------------------
+
+
+def _suffix(options: Options) -> str:
+    """Keeps what a smoke test writes apart from results."""
+    return "_smoke" if options.smoke else ""
+
+
+def _figure_path(name: str, options: Options) -> Path:
+    """Where a figure goes."""
+    return options.runs_dir / "figures" / f"{name}{_suffix(options)}.png"
+
+
+def _draw_curves(
+    number: int,
+    optimizers: Sequence[str],
+    usual_problems: Sequence[str],
+    problems: Sequence[str] | None,
+    options: TrainingOptions,
+) -> Path:
+    """A figure of training curves from the records of these methods."""
+    names = usual_problems if problems is None else problems
+    jobs = [_job(name, options) for name in names]
+    columns = {
+        job.problem.title: _replications(_outcomes(job, optimizers)) for job in jobs
+    }
+    path = _figure_path(f"figure_{number}_{'_'.join(names)}", options)
+    return training_curves.draw(columns, path)
+
+
+def draw_sketch(problems: Sequence[str] | None, options: TrainingOptions) -> Path:
+    """Figure 1; returns its path."""
+    del problems
+    path = _figure_path("figure_1", options)
+    return variance_adaptation_sketch.draw(
+        **illustrations.adapted_gradients(), path=path
+    )
+
+
+def draw_quadratics(problems: Sequence[str] | None, options: TrainingOptions) -> Path:
+    """Figure 2 from the record of its study; returns its path."""
+    del problems
+    path = _figure_path("figure_2", options)
+    return catalogue.draw("quadratic", options.runs_dir, path, smoke=options.smoke)
+
+
+def draw_wrong_sign_mass(
+    problems: Sequence[str] | None, options: TrainingOptions
+) -> Path:
+    """Figure 4; returns its path."""
+    del problems
+    path = _figure_path("figure_4", options)
+    return wrong_sign_mass.draw(illustrations.wrong_signs(), path)
+
+
+def draw_factors(problems: Sequence[str] | None, options: TrainingOptions) -> Path:
+    """Figure 5; returns its path."""
+    del problems
+    path = _figure_path("figure_5", options)
+    return adaptation_factors.draw(*illustrations.adaptation_factors(), path)
+
+
+# A study adds its figure by a row.
+FIGURES: dict[int, Callable[[Sequence[str] | None, TrainingOptions], Path]] = {
+    1: draw_sketch,
+    2: draw_quadratics,
+    3: functools.partial(_draw_curves, 3, FOUR_METHODS, ("digits",)),
+    4: draw_wrong_sign_mass,
+    5: draw_factors,
+    6: functools.partial(
+        _draw_curves, 6, ("adam", "adam_star", "adam_star_mb"), ("cifar10", "cifar100")
+    ),
+    7: functools.partial(
+        _draw_curves, 7, ("m_svag", "m_svag_mb"), ("cifar10", "cifar100")
+    ),
+}
