@@ -9,7 +9,7 @@ __all__ = ["PROBLEMS", "Problem", "Settings", "get_problem"]
 
 # In the order of tables and figures. A problem is imported when it is asked for, so
 # that none needs the data libraries of another.
-PROBLEMS = ("digits", "mnist")
+PROBLEMS = ("digits", "mnist", "cifar10", "cifar100")
 
 
 def get_problem(name: str) -> Problem:

@@ -1,0 +1,95 @@
+"""CIFAR-100 with nine convolutions and nothing else (All-CNN-C).
+
+Section     §4 and §A; what the paper leaves out from DeepOBS 1.1.2's `cifar100_allcnnc`
+Command     python -m experiments reproduce cifar100
+Time        TODO
+Result      experiments/results/cifar100.json, shown in experiments/README.md
+
+Data        50 000 training and 10 000 test images of 32×32 pixels in red, green and
+            blue, 100 classes, from TFDS; trained on random views, tested as they are
+Parameters  1 387 108; Glorot's normal distribution, cut off at two standard
+            deviations; biases 0.1
+Padding     zeros, but none in the seventh convolution
+Dropout     one in five of the inputs, one half before the fourth and the seventh
+            convolution; what is kept is scaled by 1/0.8 and 1/0.5
+Output      a ReLU follows every convolution, the last one too: logits are averages of
+            numbers that are not negative
+Step size   divided by ten after 40 000 steps, and again after 50 000
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from experiments.augmentation import random_view, standardize
+from experiments.data import load_tfds
+from experiments.layers import convolve
+from experiments.problems.problem import Problem, Settings
+
+
+class Network(nnx.Module):
+    """Nine convolutions, and an average over what is left of the image."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        convolution = functools.partial(
+            nnx.Conv,
+            kernel_init=nnx.initializers.glorot_normal(),
+            bias_init=nnx.initializers.constant(0.1),
+            conv_general_dilated=convolve,
+            rngs=rngs,
+        )
+        self.dropout1 = nnx.Dropout(0.2)
+        self.convolution1 = convolution(3, 96, (3, 3))
+        self.convolution2 = convolution(96, 96, (3, 3))
+        self.convolution3 = convolution(96, 96, (3, 3), strides=2)
+        self.dropout2 = nnx.Dropout(0.5)
+        self.convolution4 = convolution(96, 192, (3, 3))
+        self.convolution5 = convolution(192, 192, (3, 3))
+        self.convolution6 = convolution(192, 192, (3, 3), strides=2)
+        self.dropout3 = nnx.Dropout(0.5)
+        self.convolution7 = convolution(192, 192, (3, 3), padding="VALID")
+        self.convolution8 = convolution(192, 192, (1, 1))
+        self.convolution9 = convolution(192, 100, (1, 1))
+
+    def __call__(
+        self, inputs: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits `[..., 100]` of inputs `[..., 32, 32, 3]`."""
+        off = dropout_key is None
+        keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        hidden = self.dropout1(inputs, deterministic=off, rngs=keys[0])
+        for convolution in (self.convolution1, self.convolution2, self.convolution3):
+            hidden = nnx.relu(convolution(hidden))
+        hidden = self.dropout2(hidden, deterministic=off, rngs=keys[1])
+        for convolution in (self.convolution4, self.convolution5, self.convolution6):
+            hidden = nnx.relu(convolution(hidden))
+        hidden = self.dropout3(hidden, deterministic=off, rngs=keys[2])
+        for convolution in (self.convolution7, self.convolution8, self.convolution9):
+            hidden = nnx.relu(convolution(hidden))
+        return jnp.mean(hidden, axis=(-3, -2))
+
+
+def schedule(learning_rate: jax.typing.ArrayLike) -> optax.Schedule:
+    """The tuned step size, a tenth of it, and a hundredth."""
+    return optax.piecewise_constant_schedule(learning_rate, {40_000: 0.1, 50_000: 0.1})
+
+
+PROBLEM = Problem(
+    name="cifar100",
+    title="CIFAR-100",
+    network_summary=(
+        "All-CNN-C: conv 96, 96, 96/2, 192, 192, 192/2, 192, 192, 100; ReLU; mean"
+    ),
+    settings=Settings(
+        steps=60_000, batch_size=256, l2=0.0005, evaluation_interval=1000
+    ),
+    smoke=Settings(steps=4, batch_size=4, l2=0.0005, evaluation_interval=2),
+    load_data=functools.partial(load_tfds, "cifar100"),
+    network=Network,
+    test_input=standardize,
+    training_input=random_view,
+    schedule=schedule,
+)
