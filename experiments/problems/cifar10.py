@@ -68,4 +68,10 @@ PROBLEM = Problem(
     network=Network,
     test_input=standardize,
     training_input=random_view,
+    published={
+        "m_sgd": "84.5 ± 0.6 %",
+        "adam": "84.8 ± 0.6 %",
+        "m_ssd": "85.0 ± 0.4 %",
+        "m_svag": "84.5 ± 0.8 %",
+    },
 )

@@ -92,4 +92,10 @@ PROBLEM = Problem(
     test_input=standardize,
     training_input=random_view,
     schedule=schedule,
+    published={
+        "m_sgd": "67.8 ± 0.3 %",
+        "adam": "58.3 ± 1.3 %",
+        "m_ssd": "51.4 ± 4.9 %",
+        "m_svag": "67.7 ± 0.2 %",
+    },
 )
