@@ -32,6 +32,13 @@ class Dataset(NamedTuple):
     validation: Examples | None = None
 
 
+def first_images(examples: Examples, count: int | None) -> Examples:
+    """The first examples; with None, all of them."""
+    if count is None:
+        return examples
+    return jax.tree.map(lambda array: array[:count], examples)
+
+
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
     """Moves the end of the training set to the validation set.
 
@@ -120,4 +127,4 @@ def sample_batch(
 
 def evaluated_training_examples(training: Examples) -> Examples:
     """The training examples on which the training loss is measured."""
-    return jax.tree.map(lambda array: array[:TRAINING_IMAGES_EVALUATED], training)
+    return first_images(training, TRAINING_IMAGES_EVALUATED)

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
-from experiments.data import Dataset, hold_out
+from experiments.data import Dataset, first_images, hold_out
 from experiments.group_size import group_size
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
@@ -53,7 +53,12 @@ class Job:
     @property
     def dataset(self) -> Dataset:
         """The data, on the device."""
-        return _dataset(self.problem, self.data_dir, self.settings.validation_fraction)
+        return _dataset(
+            self.problem,
+            self.data_dir,
+            self.settings.validation_fraction,
+            self.settings.images,
+        )
 
     def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
@@ -68,13 +73,22 @@ class Job:
 
 
 @functools.cache
-def _dataset(
-    problem: Problem, data_dir: Path | None, validation_fraction: float
-) -> Dataset:
+def _whole_dataset(problem: Problem, data_dir: Path | None) -> Dataset:
     """The data, on the device, loaded once per process."""
-    if not validation_fraction:
-        return problem.load_data(data_dir)
-    return hold_out(_dataset(problem, data_dir, 0.0), validation_fraction)
+    return problem.load_data(data_dir)
+
+
+@functools.cache
+def _dataset(
+    problem: Problem,
+    data_dir: Path | None,
+    validation_fraction: float,
+    images: int | None,
+) -> Dataset:
+    """The part of the data that the settings ask for."""
+    whole = _whole_dataset(problem, data_dir)
+    halves = (first_images(half, images) for half in (whole.training, whole.test))
+    return hold_out(Dataset(*halves), validation_fraction)
 
 
 def _float(value: jax.Array) -> float:

@@ -308,19 +308,33 @@ def start_and_kill(command, runs, pattern):
     process.communicate()
 
 
-def test_killed_run_goes_on_and_ends_with_the_same_record(tmp_path, monkeypatch):
+CHECKPOINTS = "digits/m_svag/unfinished/*/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("moment", "last_checkpoints"),
+    [
+        # Before anything of the first checkpoint is written.
+        ("digits/m_svag/unfinished/*/group.json", (0, 20)),
+        # While the third one is written.
+        (f"{CHECKPOINTS}/60*tmp*", (40, 60)),
+        # While steps are taken, or the next one is written.
+        (f"{CHECKPOINTS}/200", (200, 220)),
+    ],
+)
+def test_killed_run_goes_on_and_ends_with_the_same_record(
+    moment, last_checkpoints, tmp_path, monkeypatch
+):
     command = ["train", "digits", "--optimizer", "m_svag", "--learning-rate", "0.3"]
+    command += ["--steps", "400"]
     reference, runs = tmp_path / "reference", tmp_path / "runs"
     options = ["--runs-dir", str(runs), "--checkpoint-seconds", "0"]
-    unfinished = "digits/m_svag/unfinished/*/checkpoints"
     assert main([*command, "--runs-dir", str(reference)]) == 0
-    # While the third checkpoint is written.
-    start_and_kill([*command, *options], runs, f"{unfinished}/60*tmp*")
+    start_and_kill([*command, *options], runs, moment)
     assert not list(runs.glob("digits/m_svag/rate*"))
-    (checkpoint,) = (
-        path for path in runs.glob(f"{unfinished}/*") if path.name.isdigit()
-    )
-    assert int(checkpoint.name) in (40, 60)
+    whole = [p for p in runs.glob(f"{CHECKPOINTS}/*") if p.name.isdigit()]
+    last_checkpoint = max((int(path.name) for path in whole), default=0)
+    assert last_checkpoint in last_checkpoints
 
     # The rest in this process; it must not begin again.
     first_steps = []
@@ -329,7 +343,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_record(tmp_path, monkeypatch)
         lambda _, step: first_steps.append(step),
     )
     assert main([*command, "--runs-dir", str(runs)]) == 0
-    assert first_steps == [int(checkpoint.name)]
+    assert first_steps == [last_checkpoint]
     (record,), (expected,) = (
         folder.glob("digits/m_svag/rate*") for folder in (runs, reference)
     )

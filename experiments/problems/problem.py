@@ -22,6 +22,8 @@ class Settings:
       evaluation_interval: Steps between two evaluations; divides `steps`.
       validation_fraction: Share of the training set that is held out of training, to
           choose the step size on; with 0.0 the test set serves, as in the paper.
+      images: Number of images that each half of the data set is cut to, for a smoke
+          test; None for all of them.
     """
 
     steps: int
@@ -29,6 +31,7 @@ class Settings:
     l2: float
     evaluation_interval: int
     validation_fraction: float = 0.0
+    images: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps % self.evaluation_interval:

@@ -1,0 +1,151 @@
+"""MNIST and the CIFARs at smoke size through every command, on small data sets."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import pytest
+from matplotlib.image import imread
+
+from experiments.command_line import main
+from experiments.methods import FOUR_METHODS, METHODS
+from experiments.problems import get_problem
+from experiments.records import Store
+from experiments.tuning import is_stable
+
+DOWNLOADED = ("mnist", "cifar10", "cifar100")
+
+
+def contents(runs):
+    """Every record below a directory, less the seconds."""
+    return {
+        str(path.parent.relative_to(runs)): [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in path.read_text().splitlines()
+        ]
+        for path in runs.glob("*/*/rate*/evaluations.jsonl")
+    }
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_every_command(name, small_data_dir, tmp_path, monkeypatch, capsys):
+    options = ["--smoke", "--runs-dir", str(tmp_path), "--data-dir"]
+    options.append(str(small_data_dir))
+    problem = get_problem(name)
+
+    # Tune, replicate, table, figure, summary.
+    assert main(["reproduce", name, *options]) == 0
+    printed = capsys.readouterr().out
+    for method in FOUR_METHODS:
+        assert f"| {METHODS[method].label} " in printed
+        assert problem.published[method] in printed
+    summary = json.loads((tmp_path / name / "summary_smoke.json").read_text())
+    assert list(summary["methods"]) == list(FOUR_METHODS)
+    for method, found in summary["methods"].items():
+        assert found["seeds"] == [1, 2]
+        records = Store(tmp_path).records(name, method, problem.smoke)
+        final = {
+            record.config.seed: record.evaluations[-1].test_accuracy
+            for record in records
+            if record.config.learning_rate == found["step_size"]
+        }
+        assert found["test_accuracies"] == [final[1], final[2]]
+        for record in records:
+            if not record.diverged:
+                assert [line.step for line in record.evaluations] == [0, 2, 4]
+    figure = tmp_path / "figures" / f"figure_3_{name}_smoke.png"
+    assert imread(figure).std() > 0.05
+
+    # From records alone.
+    figure.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.running._run_group", pytest.fail)
+        patch.setattr("experiments.running._dataset", pytest.fail)
+        assert main(["reproduce", name, *options]) == 0
+        assert main(["tune", name, *options]) == 0
+        assert main(["table", name, *options]) == 0
+        assert main(["curves", name, *options]) == 0
+        assert main(["figure", "3", "--problems", name, *options]) == 0
+    assert figure.exists()
+
+    # Other methods beside them: all are in the summary, each has figures of its own.
+    shown = tmp_path / "figures" / f"figure_3_{name}_smoke.png"
+    before = shown.stat().st_mtime_ns
+    others = ["m_svag", "m_svag_mb"]
+    assert main(["reproduce", name, "--optimizers", *others, *options]) == 0
+    summary = json.loads((tmp_path / name / "summary_smoke.json").read_text())
+    assert set(summary["methods"]) == {*FOUR_METHODS, "m_svag_mb"}
+    assert shown.stat().st_mtime_ns == before
+    assert (tmp_path / "figures" / f"m_svag_m_svag_mb_{name}_smoke.png").exists()
+    assert main(["figure", "7", "--problems", name, *options]) == 0
+    assert (tmp_path / "figures" / f"figure_7_{name}_smoke.png").exists()
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_interrupted_run_ends_with_the_same_record(
+    name, small_data_dir, tmp_path, monkeypatch
+):
+    # Augmentation and dropout included: all of it follows from seed and step.
+    command = ["train", name, "--optimizer", "adam_star_mb", "--learning-rate", "0.001"]
+    command += ["--smoke", "--data-dir", str(small_data_dir), "--runs-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "experiments.progress.GroupReport.__call__",
+            lambda *_: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert main([*command, str(tmp_path / "halves")]) == 130
+    assert not contents(tmp_path / "halves")
+    assert main([*command, str(tmp_path / "halves")]) == 0
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 1
+    assert contents(tmp_path / "halves") == whole
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_group_gives_the_curves_of_its_members(
+    name, small_data_dir, tmp_path, monkeypatch
+):
+    def records(size):
+        monkeypatch.setattr("experiments.running.group_size", lambda *_: size)
+        runs = tmp_path / str(size)
+        assert main(["tune", name, *options, "--runs-dir", str(runs)]) == 0
+        return contents(runs)
+
+    options = ["--optimizers", "adam", "--smoke", "--data-dir", str(small_data_dir)]
+    alone, grouped = records(1), records(10)
+    assert alone.keys() == grouped.keys()
+    assert len(alone) >= 7
+    for run, lines in alone.items():
+        for line, other in zip(lines, grouped[run], strict=True):
+            for quantity in ("training_loss", "test_cross_entropy"):
+                assert other[quantity] == pytest.approx(line[quantity], rel=1e-3), run
+
+
+def test_selection_on_held_out_images(small_data_dir, tmp_path):
+    options = ["--optimizers", "m_sgd", "--smoke", "--select-on", "validation"]
+    options += ["--runs-dir", str(tmp_path), "--data-dir", str(small_data_dir)]
+    assert main(["reproduce", "mnist", *options]) == 0
+    summary = json.loads((tmp_path / "mnist" / "summary_smoke.json").read_text())
+    assert summary["tuning_settings"]["validation_fraction"] == 0.1
+    assert summary["settings"]["validation_fraction"] == 0.0
+    step_size = summary["methods"]["m_sgd"]["step_size"]
+
+    smoke = get_problem("mnist").smoke
+    store = Store(tmp_path)
+    held_out = dataclasses.replace(smoke, validation_fraction=0.1)
+    best_accuracies = {
+        record.config.learning_rate: max(
+            line.validation_accuracy for line in record.evaluations
+        )
+        for record in store.records("mnist", "m_sgd", held_out)
+        if is_stable(record)
+    }
+    assert best_accuracies[step_size] == max(best_accuracies.values())
+    # Replications are shown the whole training set.
+    replications = store.records("mnist", "m_sgd", smoke)
+    assert [record.config.seed for record in replications] == [1, 2]
+    for record in replications:
+        assert all(math.isnan(line.validation_loss) for line in record.evaluations)
