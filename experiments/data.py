@@ -6,12 +6,9 @@ with replacement as in §1 of the paper, from a key folded with the step: the ba
 step 1 000 does not depend on how the run reached step 1 000.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 # Both losses are averages over this many training images at most (and every test one).
 TRAINING_IMAGES_EVALUATED = 10_000
@@ -63,31 +60,6 @@ def hold_out(dataset: Dataset, fraction: float) -> Dataset:
         training=jax.tree.map(lambda array: array[:-held_out], dataset.training),
         validation=jax.tree.map(lambda array: array[-held_out:], dataset.training),
     )
-
-
-def load_tfds(name: str, data_dir: Path | None) -> Dataset:
-    """A data set of TFDS, read as array_record, which needs no TensorFlow.
-
-    Args:
-      name: Name of the data set.
-      data_dir: Directory of the data sets, None for TFDS's own.
-
-    Returns:
-      The data set, on the device.
-    """
-    # Imported late: problems that come with their data do not need it.
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    halves = {}
-    for split in ("train", "test"):
-        source = builder.as_data_source(split=split)
-        examples = source.__getitems__(range(len(source)))
-        halves[split] = Examples(
-            image=jnp.asarray(np.stack([example["image"] for example in examples])),
-            label=jnp.asarray(np.array([e["label"] for e in examples], np.int32)),
-        )
-    return Dataset(training=halves["train"], test=halves["test"])
 
 
 def sample_batch(

@@ -1,6 +1,7 @@
 """Settings of every test: no silent broadcasting, float64 by fixture only."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,3 +24,14 @@ def x64() -> Iterator[None]:
     """Float64 for one test."""
     with enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def small_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small sets named as MNIST and the CIFARs, for `--data-dir`; to be read only."""
+    # Imported here: most tests need no data set.
+    from tests.small_tfds import write_small_sets
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    write_small_sets(data_dir)
+    return data_dir

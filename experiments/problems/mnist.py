@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.data import load_tfds
 from experiments.problems.problem import Problem, Settings
+from experiments.tfds_sets import load_tfds
 
 
 class Network(nnx.Module):
