@@ -18,9 +18,9 @@ import jax
 from flax import nnx
 
 from experiments.augmentation import random_view, standardize
-from experiments.data import load_tfds
 from experiments.layers import convolve, max_pool
 from experiments.problems.problem import Problem, Settings
+from experiments.tfds_sets import load_tfds
 
 
 class Network(nnx.Module):

@@ -25,9 +25,9 @@ import optax
 from flax import nnx
 
 from experiments.augmentation import random_view, standardize
-from experiments.data import load_tfds
 from experiments.layers import convolve
 from experiments.problems.problem import Problem, Settings
+from experiments.tfds_sets import load_tfds
 
 
 class Network(nnx.Module):
