@@ -29,6 +29,7 @@ from experiments.tuning import Outcome, find_outcome, outcome, replicate, tune
 
 _SINGLE = np.finfo(np.float32)
 _LARGEST_SEED = 2**32 - 1
+_WIDTH = 120
 # Share of the training set that `--select-on validation` holds out.
 _HELD_OUT = 0.1
 
@@ -125,8 +126,10 @@ def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
     return {found.method.label: found.replications for found in outcomes.values()}
 
 
-def _print_results(console: Console, job: Job, outcomes: dict[str, Outcome]) -> None:
+def _print_results(job: Job, outcomes: dict[str, Outcome]) -> None:
     """The accuracy table, and the two effects with what they mean."""
+    # A row of Markdown must not be broken, however narrow the terminal.
+    console = Console(width=_WIDTH)
     console.print(reporting.accuracy_table(job.problem, outcomes))
     for aspect, comparisons in (
         ("the sign", reporting.SIGN_COMPARISONS),
@@ -134,8 +137,12 @@ def _print_results(console: Console, job: Job, outcomes: dict[str, Outcome]) -> 
     ):
         if found := reporting.effects(outcomes, comparisons):
             console.print(reporting.effect_table(aspect, found))
+    held_out = job.tuning_settings.validation_fraction
+    chosen_on = "held-out training images" if held_out else "the test set"
     console.print(
-        "Test accuracy after the last step, mean ± one standard deviation over seeds.\n"
+        "Test accuracy after the last step, mean ± one standard deviation over seeds;\n"
+        f"step sizes chosen on {chosen_on} by runs of {job.tuning_settings.steps}"
+        " steps.\n"
         "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
         "\ninterval, over seeds only: the tuning, by one seed, is not in it.",
         highlight=False,
@@ -238,7 +245,7 @@ def reproduce(
             seeds or (2 if options.smoke else 10),
         )
     outcomes = _outcomes(job, optimizers)
-    _print_results(Console(), job, outcomes)
+    _print_results(job, outcomes)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
     # Of every method that is complete, so that one command does not undo another's.
     complete_outcomes = outcomes | {
@@ -273,7 +280,7 @@ def table(
     """
     for problem in problems:
         job = _job(problem, options)
-        _print_results(Console(), job, _outcomes(job, optimizers))
+        _print_results(job, _outcomes(job, optimizers))
 
 
 def curves(

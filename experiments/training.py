@@ -241,7 +241,8 @@ def _measure_all(
         examples,
         batch_size=min(_EXAMPLES_EVALUATED_AT_ONCE, len(examples.label)),
     )
-    return jnp.mean(loss), jnp.mean(correct)
+    # Not the mean, which XLA multiplies by 1/n: 0.92649996 for 9265 of 10000.
+    return jnp.mean(loss), jnp.sum(correct) / len(examples.label)
 
 
 def _evaluate(
