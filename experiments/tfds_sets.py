@@ -30,7 +30,7 @@ from experiments.image_archives import Half, cifar_half, files_of, mnist_halves
 _IMAGES_AT_ONCE = 1000
 _SECONDS_TO_ANSWER = 15
 _ELSEWHERE = (
-    "Another directory of data sets is named by --data-dir or by the environment"
+    "To use another directory of data sets, name it by --data-dir or by the environment"
     " variable TFDS_DATA_DIR. The problem digits needs no data."
 )
 
@@ -100,7 +100,7 @@ def _exists(path: Path) -> bool:
 
 def _first_line(error: BaseException) -> str:
     """What an error says, as one sentence."""
-    text = str(error).strip() or type(error).__name__
+    text = str(error).strip() or f"unreadable ({type(error).__name__})"
     return text.splitlines()[0].rstrip(" .:") + "."
 
 
@@ -121,8 +121,8 @@ def _read(name: str, directory: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     if file_format != "array_record":
         raise UserError(
             f"The data set in {directory} is stored as {file_format}, which needs"
-            " TensorFlow; expected array_record. In another directory of data sets the"
-            f" same command prepares it as array_record. {_ELSEWHERE}"
+            " TensorFlow; expected array_record. With another directory of data sets,"
+            f" the same command prepares it there as array_record. {_ELSEWHERE}"
         )
     halves = []
     for split in ("train", "test"):

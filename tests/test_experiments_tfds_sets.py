@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.errors import UserError
 from experiments.tfds_sets import load_tfds
 from tests import small_tfds
