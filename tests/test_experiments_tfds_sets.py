@@ -293,8 +293,12 @@ def test_first_use_downloads_and_prepares(
     assert not (data_dir / "downloads").exists()
 
 
+def load_and_stop(job, *_):
+    raise UserError(f"{len(job.dataset.test.label)} test images are there")
+
+
 def test_without_network_it_says_which_command_prepares_the_data(
-    no_network, server, monkeypatch, tmp_path
+    no_network, server, monkeypatch, tmp_path, capsys
 ):
     data_dir = tmp_path / "my data"
     directory = data_dir / "mnist" / "3.0.1"
@@ -305,12 +309,13 @@ def test_without_network_it_says_which_command_prepares_the_data(
     assert f"copy {directory}" in message
     assert not data_dir.exists()
 
-    # The command works where there is a network.
+    # The command works where there is a network. Training is tested elsewhere.
     serve(monkeypatch, "mnist", small_tfds.url_infos("mnist", server.address))
+    monkeypatch.setattr("experiments.commands.complete", load_and_stop)
     (command,) = re.findall("python -m experiments (.*)", message)
-    arguments = [*shlex.split(command), "--runs-dir", str(tmp_path / "runs")]
-    assert main(arguments) == 0
+    assert main([*shlex.split(command), "--runs-dir", str(tmp_path / "runs")]) == 2
     assert directory.is_dir()
+    assert "test images are there" in capsys.readouterr().err
 
 
 def test_what_is_found_instead_of_the_set_is_named(no_network, mnist):
