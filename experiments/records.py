@@ -29,11 +29,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
 import dissect_optax
 from experiments.errors import UserError
+from experiments.locks import only_process
 from experiments.problems.problem import Settings
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
@@ -291,28 +291,20 @@ class Store:
 
     @contextlib.contextmanager
     def lock(
-        self, problem: str, optimizer: str, on_wait: Callable[[str], None]
+        self, problem: str, optimizer: str, say: Callable[[str], None]
     ) -> Iterator[None]:
         """Keeps other processes from running the same method on the same problem.
 
         Args:
           problem: Name of the problem.
           optimizer: Name of the method.
-          on_wait: Told, in a sentence, when another process holds the lock.
+          say: Told, in a sentence, when another process holds the lock.
         """
         folder = self.folder(problem, optimizer)
         folder.mkdir(parents=True, exist_ok=True)
-        # The operating system frees the lock of a process that was killed.
-        lock = filelock.FileLock(folder / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            on_wait(f"Another process works in {folder}; waiting for it to finish.")
-            lock.acquire()
-        try:
+        news = f"Another process works in {folder}; waiting for it to finish."
+        with only_process(folder / ".lock", say, news):
             yield
-        finally:
-            lock.release()
 
 
 def _read_record(directory: Path) -> Record:

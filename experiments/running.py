@@ -60,6 +60,10 @@ class Job:
             self.settings.images,
         )
 
+    def load_data(self) -> None:
+        """Loads the data now, so that what is wrong with them is said before work."""
+        _whole_dataset(self.problem, self.data_dir)
+
     def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
         return RunConfig(
@@ -238,6 +242,8 @@ def complete(
     store = job.store
     with store.lock(job.problem.name, method.name, job.monitor.say):
         missing = [config for config in configs if store.find(config) is None]
+        if missing:
+            job.load_data()
         for group in _groups(job, method, missing):
             _run_group(job, method, title, group)
     found = [store.find(config) for config in configs]

@@ -12,17 +12,17 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import Dataset, Examples
 from experiments.errors import UserError
 from experiments.image_archives import Half, cifar_half, files_of, mnist_halves
+from experiments.locks import only_process
 
 # TensorFlow Datasets and what comes with it are imported late: that takes two seconds,
 # and problems that bring their data do not need them.
@@ -184,7 +184,8 @@ def _prepare(name: str, directory: Path) -> None:
     urls = {info.filename: url for url, info in builder.url_infos.items()}
     _check_connection(name, directory, next(iter(urls.values())))
     root.mkdir(parents=True, exist_ok=True)
-    with _only_process(root / f".{name}.lock", directory):
+    news = f"Another process prepares {directory}; waiting for it to finish."
+    with only_process(root / f".{name}.lock", _tell, news):
         if _exists(directory):
             return  # Another process was faster.
         for remains in directory.parent.glob("incomplete.*"):
@@ -252,19 +253,3 @@ def _origin(error: BaseException) -> BaseException:
 def _tell(sentence: str) -> None:
     """A line on standard error: standard output is for results."""
     print(sentence, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _only_process(path: Path, directory: Path) -> Iterator[None]:
-    """Lets one process at a time prepare a data set."""
-    # The operating system frees the lock of a process that was killed.
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        _tell(f"Another process prepares {directory}; waiting for it to finish.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
