@@ -15,7 +15,8 @@ would choose later, but it leaves a `cond` in the program, behind which
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,12 @@ from jax import lax
 # would save All-CNN-C a tenth of its time for almost four times the memory.
 _MOST_PATCH_ENTRIES = 100_000
 
-_HEIGHT, _WIDTH = -3, -2
-
 
 def convolve(
     inputs: jax.Array,
     kernel: jax.Array,
     window_strides: tuple[int, int],
-    padding: str | list[tuple[int, int]],
+    padding: str | Sequence[tuple[int, int]],
     *,
     lhs_dilation: tuple[int, int] = (1, 1),
     rhs_dilation: tuple[int, int] = (1, 1),
@@ -66,12 +65,11 @@ def convolve(
     """
     is_plain = (*lhs_dilation, *rhs_dilation, feature_group_count) == (1,) * 5
     if is_plain and _on_cpu():
-        window = kernel.shape[0], kernel.shape[1]
-        padded = _padded(inputs, window, window_strides, padding, 0.0)
-        if _patch_entries(padded, kernel, window_strides) <= _MOST_PATCH_ENTRIES:
-            patches = _patches(padded, window, window_strides)
+        windows = _windows(inputs, kernel.shape[:2], window_strides, padding)
+        positions = math.prod(along.positions for along in windows)
+        if positions * math.prod(kernel.shape[:-1]) <= _MOST_PATCH_ENTRIES:
             matrix = kernel.reshape(-1, kernel.shape[-1])
-            return jnp.matmul(patches, matrix, precision=precision)
+            return jnp.matmul(_patches(inputs, *windows), matrix, precision=precision)
     return lax.conv_general_dilated(
         inputs,
         kernel,
@@ -107,21 +105,16 @@ def max_pool(inputs: jax.Array, window: int, stride: int, padding: str) -> jax.A
       >>> max_pool(image, 3, 2, "SAME")[..., 0].tolist()
       [[10.0, 11.0], [14.0, 15.0]]
     """
-    sizes, steps = (window, window), (stride, stride)
+    sizes, strides = (window, window), (stride, stride)
     if _on_cpu():
-        maxima = _padded(inputs, sizes, steps, padding, -jnp.inf)
-        # Rows inside, columns outside would turn round which maximum is the first.
-        for axis in (_WIDTH, _HEIGHT):
-            slices = _shifted(maxima, axis, window, stride)
-            maxima = functools.reduce(_first_maximum, slices)
-        return maxima
+        # Columns first: then the first of equal maxima is the same as XLA's.
+        for along in reversed(_windows(inputs, sizes, strides, padding)):
+            slices = along.shifted(inputs, -jnp.inf)
+            inputs = functools.reduce(_first_maximum, slices)
+        return inputs
+    ones = (1,) * (inputs.ndim - 3)
     return lax.reduce_window(
-        inputs,
-        -jnp.inf,
-        lax.max,
-        (*(1,) * (inputs.ndim - 3), *sizes, 1),
-        (*(1,) * (inputs.ndim - 3), *steps, 1),
-        padding,
+        inputs, -jnp.inf, lax.max, (*ones, *sizes, 1), (*ones, *strides, 1), padding
     )
 
 
@@ -130,51 +123,52 @@ def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _padded(
+class _Windows(NamedTuple):
+    """Windows along one axis of an image."""
+
+    axis: int
+    size: int
+    stride: int
+    padding: tuple[int, int]
+    positions: int
+
+    def shifted(self, inputs: jax.Array, fill: float) -> list[jax.Array]:
+        """For every place in a window, what all windows hold there."""
+        widths = [(0, 0, 0)] * inputs.ndim
+        widths[self.axis] = (*self.padding, 0)
+        # Along one axis at a time, a CPU pads in passing.
+        padded = lax.pad(inputs, jnp.array(fill, inputs.dtype), widths)
+        last = (self.positions - 1) * self.stride
+        return [
+            lax.slice_in_dim(padded, place, place + last + 1, self.stride, self.axis)
+            for place in range(self.size)
+        ]
+
+
+def _windows(
     inputs: jax.Array,
-    window: tuple[int, int],
-    strides: tuple[int, int],
-    padding: str | list[tuple[int, int]],
-    value: float,
-) -> jax.Array:
-    """Images with all that their windows reach over."""
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+) -> list[_Windows]:
+    """The windows along height, and along width."""
+    shape = inputs.shape[-3:-1]
     if isinstance(padding, str):
-        shape = inputs.shape[_HEIGHT : _WIDTH + 1]
-        padding = lax.padtype_to_pads(shape, window, strides, padding)
-    widths = [(0, 0)] * (inputs.ndim - 3) + [*padding, (0, 0)]
-    return jnp.pad(inputs, widths, constant_values=value)
-
-
-def _shifted(inputs: jax.Array, axis: int, window: int, stride: int) -> list[jax.Array]:
-    """For every place in a window, what all windows along an axis hold there."""
-    last = _positions(inputs.shape[axis], window, stride) * stride
+        padding = lax.padtype_to_pads(shape, sizes, strides, padding)
     return [
-        lax.slice_in_dim(inputs, place, place + last - stride + 1, stride, axis)
-        for place in range(window)
+        _Windows(axis, size, stride, pads, (length + sum(pads) - size) // stride + 1)
+        for axis, length, size, stride, pads in zip(
+            (-3, -2), shape, sizes, strides, padding, strict=True
+        )
     ]
 
 
-def _positions(size: int, window: int, stride: int) -> int:
-    """Number of windows along an axis."""
-    return (size - window) // stride + 1
-
-
-def _patch_entries(
-    padded: jax.Array, kernel: jax.Array, strides: tuple[int, int]
-) -> int:
-    """Number of entries in all patches of one image."""
-    height, width = map(_positions, padded.shape[1:3], kernel.shape[:2], strides)
-    return height * width * math.prod(kernel.shape[:-1])
-
-
-def _patches(
-    padded: jax.Array, window: tuple[int, int], strides: tuple[int, int]
-) -> jax.Array:
+def _patches(inputs: jax.Array, rows: _Windows, columns: _Windows) -> jax.Array:
     """What the kernel sees at every position, in the order of the kernel's entries."""
     slices = [
         entry
-        for row in _shifted(padded, _HEIGHT, window[0], strides[0])
-        for entry in _shifted(row, _WIDTH, window[1], strides[1])
+        for row in rows.shifted(inputs, 0.0)
+        for entry in columns.shifted(row, 0.0)
     ]
     return jnp.concatenate(slices, axis=-1)
 

@@ -48,11 +48,12 @@ class Network(nnx.Module):
     ) -> jax.Array:
         """Logits `[..., 10]` of inputs `[..., 32, 32, 3]`."""
         del dropout_key  # No dropout here.
-        hidden = inputs
+        # One batch axis all the way: XLA does not fuse over what adds and removes it.
+        hidden = inputs.reshape(-1, *inputs.shape[-3:])
         for convolution in (self.convolution1, self.convolution2, self.convolution3):
             hidden = max_pool(nnx.relu(convolution(hidden)), 3, 2, "SAME")
-        # By row, column and channel.
-        hidden = hidden.reshape(*hidden.shape[:-3], -1)
+        # Flat by row, column and channel.
+        hidden = hidden.reshape(*inputs.shape[:-3], -1)
         hidden = nnx.relu(self.dense1(hidden))
         hidden = nnx.relu(self.dense2(hidden))
         return self.output(hidden)

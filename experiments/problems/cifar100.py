@@ -60,7 +60,9 @@ class Network(nnx.Module):
         """Logits `[..., 100]` of inputs `[..., 32, 32, 3]`."""
         off = dropout_key is None
         keys = [None] * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        hidden = self.dropout1(inputs, deterministic=off, rngs=keys[0])
+        # One batch axis all the way: XLA does not fuse over what adds and removes it.
+        hidden = inputs.reshape(-1, *inputs.shape[-3:])
+        hidden = self.dropout1(hidden, deterministic=off, rngs=keys[0])
         for convolution in (self.convolution1, self.convolution2, self.convolution3):
             hidden = nnx.relu(convolution(hidden))
         hidden = self.dropout2(hidden, deterministic=off, rngs=keys[1])
@@ -69,7 +71,7 @@ class Network(nnx.Module):
         hidden = self.dropout3(hidden, deterministic=off, rngs=keys[2])
         for convolution in (self.convolution7, self.convolution8, self.convolution9):
             hidden = nnx.relu(convolution(hidden))
-        return jnp.mean(hidden, axis=(-3, -2))
+        return jnp.mean(hidden, axis=(-3, -2)).reshape(*inputs.shape[:-3], -1)
 
 
 def schedule(learning_rate: jax.typing.ArrayLike) -> optax.Schedule:
