@@ -64,7 +64,7 @@ PROBLEM = Problem(
     title="CIFAR-10",
     network_summary="conv 64, 96, 128 with max-pool; dense 512, 256, 10; ReLU",
     settings=Settings(steps=25_000, batch_size=256, l2=0.002, evaluation_interval=500),
-    smoke=Settings(steps=4, batch_size=8, l2=0.002, evaluation_interval=2, images=32),
+    smoke=Settings(steps=4, batch_size=8, l2=0.002, evaluation_interval=2, images=16),
     load_data=functools.partial(load_tfds, "cifar10"),
     network=Network,
     test_input=standardize,

@@ -88,7 +88,7 @@ PROBLEM = Problem(
     settings=Settings(
         steps=60_000, batch_size=256, l2=0.0005, evaluation_interval=1000
     ),
-    smoke=Settings(steps=4, batch_size=4, l2=0.0005, evaluation_interval=2, images=32),
+    smoke=Settings(steps=4, batch_size=4, l2=0.0005, evaluation_interval=2, images=8),
     load_data=functools.partial(load_tfds, "cifar100"),
     network=Network,
     test_input=standardize,

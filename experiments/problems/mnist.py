@@ -62,7 +62,7 @@ PROBLEM = Problem(
     title="MNIST",
     network_summary="dense 1000, 500, 100, 10; ReLU",
     settings=Settings(steps=4000, batch_size=128, l2=0.02, evaluation_interval=200),
-    smoke=Settings(steps=4, batch_size=8, l2=0.02, evaluation_interval=2, images=32),
+    smoke=Settings(steps=4, batch_size=8, l2=0.02, evaluation_interval=2, images=16),
     load_data=functools.partial(load_tfds, "mnist"),
     network=Network,
     test_input=test_input,
