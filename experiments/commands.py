@@ -308,7 +308,7 @@ def curves(
             f" with {job.settings.steps} steps. Run `python -m experiments train"
             f" {problem}` with the same options first."
         )
-    path = _figure_path(f"curves_{problem}_{job.settings.steps}", options)
+    path = _figure_path(f"curves_{problem}", options)
     print(f"Figure:  {training_curves.draw({job.problem.title: records}, path)}")
 
 
@@ -379,8 +379,16 @@ def _study(name: str, figure_name: str, options: Options) -> None:
 
 
 def _suffix(options: Options) -> str:
-    """Keeps what a smoke test writes apart from results."""
-    return "_smoke" if options.smoke else ""
+    """Keeps what other settings lead to apart from the results."""
+    parts = ["_smoke"] if options.smoke else []
+    if isinstance(options, TrainingOptions):
+        if options.steps is not None:
+            parts.append(f"_{options.steps}_steps")
+        if options.tuning_steps is not None:
+            parts.append(f"_tuned_by_{options.tuning_steps}_steps")
+        if options.select_on == "validation":
+            parts.append("_selected_on_validation")
+    return "".join(parts)
 
 
 def _figure_path(name: str, options: Options) -> Path:

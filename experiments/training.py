@@ -25,8 +25,8 @@ from experiments.data import (
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 
-# Bounds the memory of an evaluation.
-_EXAMPLES_EVALUATED_AT_ONCE = 2000
+# Bounds the memory of an evaluation, together for all members of a group.
+_EXAMPLES_EVALUATED_AT_ONCE = 1000
 
 
 class Member(NamedTuple):
@@ -233,13 +233,13 @@ def _measure(
 
 
 def _measure_all(
-    problem: Problem, params: nnx.State, examples: Examples
+    problem: Problem, params: nnx.State, at_once: int, examples: Examples
 ) -> tuple[jax.Array, jax.Array]:
     """Mean cross-entropy, and the share that is recognised, over every example."""
     loss, correct = jax.lax.map(
         functools.partial(_measure, problem, params),
         examples,
-        batch_size=min(_EXAMPLES_EVALUATED_AT_ONCE, len(examples.label)),
+        batch_size=min(at_once, len(examples.label)),
     )
     # Not the mean, which XLA multiplies by 1/n: 0.92649996 for 9265 of 10000.
     return jnp.mean(loss), jnp.sum(correct) / len(examples.label)
@@ -249,19 +249,19 @@ def _evaluate(
     problem: Problem,
     settings: Settings,
     dataset: Dataset,
+    at_once: int,
     member: Member,
     step: jax.Array,
     params: nnx.State,
 ) -> Evaluation:
     """One evaluation of one run."""
+    measure = functools.partial(_measure_all, problem, params, at_once)
     training = evaluated_training_examples(dataset.training)
-    training_cross_entropy, _ = _measure_all(problem, params, training)
-    test_cross_entropy, test_accuracy = _measure_all(problem, params, dataset.test)
+    training_cross_entropy, _ = measure(training)
+    test_cross_entropy, test_accuracy = measure(dataset.test)
     validation_cross_entropy = validation_accuracy = jnp.array(jnp.nan)
     if dataset.validation is not None:
-        validation_cross_entropy, validation_accuracy = _measure_all(
-            problem, params, dataset.validation
-        )
+        validation_cross_entropy, validation_accuracy = measure(dataset.validation)
     penalty = l2_penalty(params, settings.l2)
     learning_rate = problem.schedule(member.learning_rate)
     return Evaluation(
@@ -393,5 +393,6 @@ def evaluate(
     Returns:
       The evaluation.
     """
-    measure = functools.partial(_evaluate, problem, settings, dataset)
+    at_once = max(_EXAMPLES_EVALUATED_AT_ONCE // len(members.seed), 1)
+    measure = functools.partial(_evaluate, problem, settings, dataset, at_once)
     return jax.vmap(measure)(members, step, params)

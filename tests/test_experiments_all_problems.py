@@ -135,7 +135,9 @@ def test_selection_on_held_out_images(small_data_dir, tmp_path):
     options = ["--optimizers", "m_sgd", "--smoke", "--select-on", "validation"]
     options += ["--runs-dir", str(tmp_path), "--data-dir", str(small_data_dir)]
     assert main(["reproduce", "mnist", *options]) == 0
-    summary = json.loads((tmp_path / "mnist" / "summary_smoke.json").read_text())
+    (path,) = (tmp_path / "mnist").glob("summary*.json")
+    assert path.name == "summary_smoke_selected_on_validation.json"
+    summary = json.loads(path.read_text())
     assert summary["tuning_settings"]["validation_fraction"] == 0.1
     assert summary["settings"]["validation_fraction"] == 0.0
     step_size = summary["methods"]["m_sgd"]["step_size"]

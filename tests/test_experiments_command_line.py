@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -150,6 +151,15 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
             for seed in ("-1", str(2**32))
         ),
         *(
+            ([*TRAIN, "--learning-rate", "1", *steps], "--evaluation-interval")
+            for steps in (["--steps", "30"], ["--steps", "0"], ["--steps", "-20"])
+        ),
+        (
+            ["tune", "digits", "--tuning-steps", "30"],
+            "`--tuning-steps` must be a multiple of .* got 30 and 20",
+        ),
+        (["curves", "digits"], "holds no record of .* on digits"),
+        *(
             (["reproduce", "digits", "--seeds", seeds], f"`--seeds` .* got {seeds}")
             for seeds in ("0", "-3")
         ),
@@ -175,6 +185,28 @@ def test_runs_dir_that_is_a_file_is_named(tmp_path, capsys):
         printed = capsys.readouterr().err
         assert str(runs) in printed
         assert "Are --runs-dir and --data-dir directories" in printed
+
+
+def test_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    command = [*TRAIN, "--learning-rate", "0.3", "--steps", "60", "--runs-dir"]
+    command += [str(tmp_path), "--checkpoint-seconds", "0"]
+    room = iter([10**12, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=next(room)))
+        assert main(command) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    (checkpoint,) = tmp_path.glob("digits/m_svag/unfinished/*/checkpoints/*")
+    assert checkpoint.name == "20"
+
+    # A disk that is filled by another program meanwhile.
+    def fill(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", fill)
+        assert main(command) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert main(command) == 0
 
 
 def test_full_disk_is_named(smoke_runs, monkeypatch, capsys):
@@ -371,3 +403,19 @@ def test_a_problem_in_place_of_a_command_is_told_apart(capsys):
     assert main(["digits"]) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "Did you mean `python -m experiments reproduce digits`?" in message
+
+
+def test_shorter_runs_are_kept_apart(tmp_path, capsys):
+    options = ["--optimizers", "adam", "--runs-dir", str(tmp_path), "--seeds", "1"]
+    options += ["--steps", "40", "--tuning-steps", "20"]
+    assert main(["reproduce", "digits", *options]) == 0
+    suffix = "_40_steps_tuned_by_20_steps"
+    path = tmp_path / "digits" / f"summary{suffix}.json"
+    summary = json.loads(path.read_text())
+    assert summary["settings"]["steps"] == 40
+    assert summary["tuning_settings"]["steps"] == 20
+    assert (tmp_path / "figures" / f"adam_digits{suffix}.png").exists()
+    capsys.readouterr()
+    # With other settings there is nothing yet.
+    assert main(["curves", "digits", "--runs-dir", str(tmp_path)]) == 2
+    assert "with 1000 steps" in capsys.readouterr().err
