@@ -26,7 +26,7 @@ from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 
 # Bounds the memory of an evaluation, together for all members of a group.
-_EXAMPLES_EVALUATED_AT_ONCE = 1000
+_EXAMPLES_EVALUATED_AT_ONCE = 250
 
 
 class Member(NamedTuple):
