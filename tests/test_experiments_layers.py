@@ -85,10 +85,8 @@ def test_convolution_equals_xlas(case):
     assert_same_value_and_gradients([ours, one_by_one], xla, (images, kernel), 1e-13)
 
 
-@pytest.mark.parametrize(("channels", "platform"), [(16, "cpu"), (1, "gpu")])
-def test_large_patches_and_accelerators_are_left_to_xla(
-    channels, platform, monkeypatch
-):
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_accelerators_convolve_as_xla_does(platform, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     ours, xla = (
         functools.partial(
@@ -96,7 +94,7 @@ def test_large_patches_and_accelerators_are_left_to_xla(
         )
         for form in (convolve, lax.conv_general_dilated)
     )
-    images, kernel = jnp.zeros((2, 32, 32, channels)), jnp.zeros((3, 3, channels, 2))
+    images, kernel = jnp.zeros((2, 32, 32, 1)), jnp.zeros((3, 3, 1, 2))
     ours, xla = (jax.make_jaxpr(form)(images, kernel) for form in (ours, xla))
     assert str(ours) == str(xla)
 
