@@ -185,6 +185,7 @@ class TorchProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self.close()
             raise RuntimeError(
                 "PyTorch's process ended without an answer. Expected `--torch` to be a"
                 " Python that imports torch; what went wrong is printed above."
@@ -192,10 +193,8 @@ class TorchProcess:
         return json.loads(line)
 
     def close(self) -> None:
-        """Let it end: there is nothing more to read."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """Let it end: there is nothing more to read for it."""
+        self._process.communicate()
 
 
 class TorchLoop:
