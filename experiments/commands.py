@@ -53,7 +53,7 @@ class TrainingOptions(Options):
     """Directory of the TFDS data sets; by default $TFDS_DATA_DIR or
     ~/tensorflow_datasets. digits needs none."""
     checkpoint_seconds: float = 30.0
-    """Least time between two checkpoints; what a killed run loses at most."""
+    """Least time between two checkpoints."""
     steps: int | None = None
     """Steps of every run, for a look that is shorter than what was published."""
     evaluation_interval: int | None = None
@@ -384,6 +384,8 @@ def _suffix(options: Options) -> str:
     if isinstance(options, TrainingOptions):
         if options.steps is not None:
             parts.append(f"_{options.steps}_steps")
+        if options.evaluation_interval is not None:
+            parts.append(f"_every_{options.evaluation_interval}")
         if options.tuning_steps is not None:
             parts.append(f"_tuned_by_{options.tuning_steps}_steps")
         if options.select_on == "validation":

@@ -1,6 +1,7 @@
 """The methods that are compared: optimizers by name, with their label in the paper."""
 
 import dataclasses
+import difflib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -86,9 +87,11 @@ def get_method(name: str) -> Method:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError):
+        close = difflib.get_close_matches(attribute, dir(optax), n=1)
+        question = f" Did you mean 'optax.{close[0]}'?" if close else ""
         raise UserError(
-            f"Optax has no '{name}'. Expected the path of an optimizer, such as"
-            " 'optax.adamw' or 'optax.contrib.muon'."
+            f"Optax has no '{name}'.{question} Expected the path of an optimizer, such"
+            " as 'optax.adamw' or 'optax.contrib.muon'."
         ) from None
     if not _makes_optimizers(factory):
         raise UserError(

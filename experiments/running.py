@@ -27,6 +27,9 @@ from experiments.training import (
     initialise,
 )
 
+# Without an evaluation between them, which large problems have seldom.
+_MOST_STEPS = 200
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -166,9 +169,16 @@ def _begin(job: Job, method: Method, group: Group, members: Member) -> GroupProg
     return progress
 
 
+def _steps_at_a_time(settings: Settings) -> int:
+    """Steps in one call; between calls are progress, checkpoints and Ctrl-C."""
+    interval = settings.evaluation_interval
+    return interval if interval <= _MOST_STEPS else math.gcd(interval, _MOST_STEPS // 2)
+
+
 def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
     """Trains a group, from where an earlier process left it, to its records."""
     settings = job.settings
+    piece = _steps_at_a_time(settings)
     members = _members(group)
     with (
         job.monitor.group(title, settings.steps) as report,
@@ -185,13 +195,16 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
                 job.problem,
                 method,
                 settings,
-                settings.evaluation_interval,
+                piece,
                 job.dataset,
                 members,
                 progress.state,
             )
-            progress.step += settings.evaluation_interval
-            _add_evaluation(job, members, progress, started)
+            progress.step += piece
+            jax.block_until_ready(progress.state)
+            progress.seconds = time.perf_counter() - started
+            if progress.step % settings.evaluation_interval == 0:
+                _add_evaluation(job, members, progress, started)
             report(progress.step, [lines[-1] for lines in progress.evaluations])
             due = time.perf_counter() - last_save >= job.checkpoint_seconds
             if due or interrupts.arrived():

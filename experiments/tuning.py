@@ -265,13 +265,16 @@ def find_outcome(job: Job, method: Method) -> Outcome | None:
     if not records or _still_missing(method, records):
         return None
     tuned = select(list(records.values()))
-    replications = tuple(
-        record
+    by_seed = {
+        record.config.seed: record
         for record in job.store.records(job.problem.name, method.name, job.settings)
         if record.config.learning_rate == tuned.learning_rate
-        and record.config.seed >= FIRST_REPLICATION_SEED
-    )
-    return Outcome(method, tuned, replications) if replications else None
+    }
+    replications: list[Record] = []
+    # Replications have one seed after the other; another one was trained by hand.
+    while found := by_seed.get(FIRST_REPLICATION_SEED + len(replications)):
+        replications.append(found)
+    return Outcome(method, tuned, tuple(replications)) if replications else None
 
 
 def outcome(job: Job, method: Method) -> Outcome:

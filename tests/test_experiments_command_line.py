@@ -133,7 +133,7 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
         ),
         (
             ["train", "digits", "--optimizer", "optax.adm", "--learning-rate", "1"],
-            "Optax has no 'optax.adm'",
+            "Optax has no 'optax.adm'. Did you mean 'optax.adam",
         ),
         *(
             (
@@ -419,3 +419,39 @@ def test_shorter_runs_are_kept_apart(tmp_path, capsys):
     # With other settings there is nothing yet.
     assert main(["curves", "digits", "--runs-dir", str(tmp_path)]) == 2
     assert "with 1000 steps" in capsys.readouterr().err
+
+
+def test_long_way_to_an_evaluation_is_taken_in_pieces(tmp_path, monkeypatch):
+    command = [*TRAIN, "--learning-rate", "0.3", "--steps", "600"]
+    command += ["--evaluation-interval", "300", "--runs-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    begun_at = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "experiments.progress.GroupReport.__call__",
+            lambda *_: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert main([*command, str(tmp_path / "halves")]) == 130
+    monkeypatch.setattr(
+        "experiments.progress.GroupReport.begin", lambda _, step: begun_at.append(step)
+    )
+    assert main([*command, str(tmp_path / "halves")]) == 0
+    assert begun_at == [100]
+    whole, halves = (
+        next((tmp_path / name).glob("digits/m_svag/rate*"))
+        for name in ("whole", "halves")
+    )
+    assert lines_of(halves) == lines_of(whole)
+    assert [line["step"] for line in lines_of(whole)] == [0, 300, 600]
+
+
+def test_run_by_hand_is_no_replication(smoke_runs, capsys):
+    summary = json.loads((smoke_runs / "digits" / "summary_smoke.json").read_text())
+    rate = summary["methods"]["m_ssd"]["step_size"]
+    options = ["--smoke", "--runs-dir", str(smoke_runs)]
+    command = ["train", "digits", "--optimizer", "m_ssd", "--seed", "42", *options]
+    assert main([*command, "--learning-rate", str(rate)]) == 0
+    capsys.readouterr()
+    assert main(["table", "digits", "--optimizers", "m_ssd", *options]) == 0
+    (row,) = (r for r in capsys.readouterr().out.splitlines() if "| M-SSD" in r)
+    assert row.split("|")[-2].strip() == "2"

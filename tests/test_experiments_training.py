@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.data import Examples, sample_batch
+from experiments.data import Dataset, Examples, sample_batch
 from experiments.methods import get_method
 from experiments.problems import PROBLEMS, Settings, get_problem
 from experiments.training import Member, advance, evaluate, initialise, l2_penalty
@@ -214,3 +214,18 @@ def test_problem_is_well_formed(name):
     problem = get_problem(name)
     assert problem.name == name
     assert problem.smoke.steps <= 100
+
+
+def test_accuracy_is_the_nearest_number_to_the_share(problem):
+    images = jnp.zeros((10_000, 64), jnp.uint8)
+    group = members([0.01], [0])
+    state = initialise(problem, get_method("m_sgd"), group)
+    logits = forward(layers(state.params), np.zeros((1, 64)))[-1]
+    # Every image is the same to the network, and 974 labels agree with it.
+    guess = int(logits.argmax())
+    labels = jnp.where(jnp.arange(10_000) < 974, guess, (guess + 1) % 10)
+    half = Examples(images, labels)
+    found = evaluate(
+        problem, SETTINGS, Dataset(half, half), group, state.step, state.params
+    )
+    assert found.test_accuracy[0] == np.float32(0.0974)
