@@ -53,6 +53,7 @@ def cifar100() -> nn.Sequential:
     widths = (3, 96, 96, 96, 192, 192, 192, 192, 192, 100)
     sizes = (3, 3, 3, 3, 3, 3, 3, 1, 1)
     strides = (1, 1, 2, 1, 1, 2, 1, 1, 1)
+    # At stride 2 "SAME" pads behind the image only, this on all sides: as much work.
     paddings = (1, 1, 1, 1, 1, 1, 0, 0, 0)
     dropout = {0: 0.2, 3: 0.5, 6: 0.5}
     layers: list[nn.Module] = []
