@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,16 +61,7 @@ class OurLoop:
 
 def without_augmentation(problem: Problem) -> Problem:
     """The same problem, trained on images as it is tested on them."""
-    training_input = functools.partial(_without_key, problem.test_input)
-    return dataclasses.replace(problem, training_input=training_input)
-
-
-def _without_key(
-    test_input: Callable[[jax.Array], jax.Array], image: jax.Array, key: jax.Array
-) -> jax.Array:
-    """What the network sees of an image when nothing is random."""
-    del key
-    return test_input(image)
+    return dataclasses.replace(problem, augmented_input=None)
 
 
 # ---- A plain loop ------------------------------------------------------------------

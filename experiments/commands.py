@@ -1,7 +1,6 @@
 """The commands: each is a function whose parameters are its options."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -58,6 +57,12 @@ class TrainingOptions(Options):
     """Steps of every run, for a look that is shorter than what was published."""
     evaluation_interval: int | None = None
     """Steps between two evaluations; divides the steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningOptions(TrainingOptions):
+    """What every command understands that has to do with the choice of a step size."""
+
     tuning_steps: int | None = None
     """Steps of the runs that find the step size, if not the same."""
     select_on: Literal["test", "validation"] = "test"
@@ -68,8 +73,10 @@ class TrainingOptions(Options):
 _ProblemName = Positional[Annotated[str, tyro.conf.arg(metavar="PROBLEM")]]
 _Options = Annotated[Options, tyro.conf.arg(name="")]
 _TrainingOptions = Annotated[TrainingOptions, tyro.conf.arg(name="")]
+_TuningOptions = Annotated[TuningOptions, tyro.conf.arg(name="")]
 _STUDY_DEFAULTS = Options()
-_DEFAULTS = TrainingOptions()
+_TRAINING_DEFAULTS = TrainingOptions()
+_TUNING_DEFAULTS = TuningOptions()
 
 
 def _with_steps(
@@ -96,19 +103,21 @@ def _job(problem_name: str, options: TrainingOptions) -> Job:
         options.evaluation_interval,
         "--steps",
     )
-    tuning_settings = dataclasses.replace(
-        _with_steps(
-            settings,
-            options.tuning_steps,
-            options.evaluation_interval,
-            "--tuning-steps",
-        ),
-        validation_fraction=_HELD_OUT if options.select_on == "validation" else 0.0,
-    )
+    tuned_by = settings
+    if isinstance(options, TuningOptions):
+        tuned_by = dataclasses.replace(
+            _with_steps(
+                settings,
+                options.tuning_steps,
+                options.evaluation_interval,
+                "--tuning-steps",
+            ),
+            validation_fraction=_HELD_OUT if options.select_on == "validation" else 0.0,
+        )
     return Job(
         problem=problem,
         settings=settings,
-        tuning_settings=tuning_settings,
+        tuning_settings=tuned_by,
         store=Store(options.runs_dir),
         monitor=Monitor(),
         data_dir=options.data_dir,
@@ -158,7 +167,7 @@ def train(
     optimizer: str,
     learning_rate: float,
     seed: int = 0,
-    options: _TrainingOptions = _DEFAULTS,
+    options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
     """Train one network, and say where its record is.
 
@@ -198,7 +207,7 @@ def tune_step_sizes(
     problem: _ProblemName,
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
-    options: _TrainingOptions = _DEFAULTS,
+    options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Find the step size of every method, as §A.2 of the paper does.
 
@@ -222,7 +231,7 @@ def reproduce(
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
     seeds: int | None = None,
-    options: _TrainingOptions = _DEFAULTS,
+    options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Tune and replicate every method, then print the table and draw Figure 3.
 
@@ -269,7 +278,7 @@ def table(
     ] = ("digits",),
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
-    options: _TrainingOptions = _DEFAULTS,
+    options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Print the accuracy table and the effects, from records.
 
@@ -287,7 +296,7 @@ def curves(
     problem: _ProblemName,
     *,
     optimizers: tuple[str, ...] = FOUR_METHODS,
-    options: _TrainingOptions = _DEFAULTS,
+    options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
     """Draw the training and test loss of every record, tuned or not.
 
@@ -316,7 +325,7 @@ def figure(
     number: Positional[int],
     *,
     problems: tuple[str, ...] | None = None,
-    options: _TrainingOptions = _DEFAULTS,
+    options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Draw a figure of the paper, from records where it shows runs.
 
@@ -326,10 +335,25 @@ def figure(
         in Figure 3, and cifar10 and cifar100 in Figures 6 and 7.
       options: What every command understands.
     """
-    if number not in FIGURES:
-        known = ", ".join(str(number) for number in FIGURES)
-        raise UserError(f"There is no command for Figure {number}. Known: {known}.")
-    print(f"Figure:  {FIGURES[number](problems, options)}")
+    if number in FIGURES_OF_RUNS:
+        optimizers, usual_problems = FIGURES_OF_RUNS[number]
+        names = usual_problems if problems is None else problems
+        path = _draw_runs(number, optimizers, names, options)
+    elif number not in FIGURES_OF_THEORY:
+        known = sorted([*FIGURES_OF_RUNS, *FIGURES_OF_THEORY])
+        raise UserError(
+            f"There is no command for Figure {number}. Known:"
+            f" {', '.join(map(str, known))}."
+        )
+    elif problems is not None:
+        shown = ", ".join(map(str, FIGURES_OF_RUNS))
+        raise UserError(
+            f"`--problems` means nothing to Figure {number}, which shows no test"
+            f" problem. It is for the Figures {shown}."
+        )
+    else:
+        path = FIGURES_OF_THEORY[number](options)
+    print(f"Figure:  {path}")
 
 
 # ---- Studies of the theory --------------------------------------------------------
@@ -386,6 +410,7 @@ def _suffix(options: Options) -> str:
             parts.append(f"_{options.steps}_steps")
         if options.evaluation_interval is not None:
             parts.append(f"_every_{options.evaluation_interval}")
+    if isinstance(options, TuningOptions):
         if options.tuning_steps is not None:
             parts.append(f"_tuned_by_{options.tuning_steps}_steps")
         if options.select_on == "validation":
@@ -398,66 +423,57 @@ def _figure_path(name: str, options: Options) -> Path:
     return options.runs_dir / "figures" / f"{name}{_suffix(options)}.png"
 
 
-def _draw_curves(
+def _draw_runs(
     number: int,
     optimizers: Sequence[str],
-    usual_problems: Sequence[str],
-    problems: Sequence[str] | None,
-    options: TrainingOptions,
+    problems: Sequence[str],
+    options: TuningOptions,
 ) -> Path:
     """A figure of training curves from the records of these methods."""
-    names = usual_problems if problems is None else problems
-    jobs = [_job(name, options) for name in names]
+    jobs = [_job(name, options) for name in problems]
     columns = {
         job.problem.title: _replications(_outcomes(job, optimizers)) for job in jobs
     }
-    path = _figure_path(f"figure_{number}_{'_'.join(names)}", options)
+    path = _figure_path(f"figure_{number}_{'_'.join(problems)}", options)
     return training_curves.draw(columns, path)
 
 
-def draw_sketch(problems: Sequence[str] | None, options: TrainingOptions) -> Path:
+def draw_sketch(options: Options) -> Path:
     """Figure 1; returns its path."""
-    del problems
     path = _figure_path("figure_1", options)
     return variance_adaptation_sketch.draw(
         **illustrations.adapted_gradients(), path=path
     )
 
 
-def draw_quadratics(problems: Sequence[str] | None, options: TrainingOptions) -> Path:
+def draw_quadratics(options: Options) -> Path:
     """Figure 2 from the record of its study; returns its path."""
-    del problems
     path = _figure_path("figure_2", options)
     return catalogue.draw("quadratic", options.runs_dir, path, smoke=options.smoke)
 
 
-def draw_wrong_sign_mass(
-    problems: Sequence[str] | None, options: TrainingOptions
-) -> Path:
+def draw_wrong_sign_mass(options: Options) -> Path:
     """Figure 4; returns its path."""
-    del problems
     path = _figure_path("figure_4", options)
     return wrong_sign_mass.draw(illustrations.wrong_signs(), path)
 
 
-def draw_factors(problems: Sequence[str] | None, options: TrainingOptions) -> Path:
+def draw_factors(options: Options) -> Path:
     """Figure 5; returns its path."""
-    del problems
     path = _figure_path("figure_5", options)
     return adaptation_factors.draw(*illustrations.adaptation_factors(), path)
 
 
 # A study adds its figure by a row.
-FIGURES: dict[int, Callable[[Sequence[str] | None, TrainingOptions], Path]] = {
+FIGURES_OF_THEORY: dict[int, Callable[[Options], Path]] = {
     1: draw_sketch,
     2: draw_quadratics,
-    3: functools.partial(_draw_curves, 3, FOUR_METHODS, ("digits",)),
     4: draw_wrong_sign_mass,
     5: draw_factors,
-    6: functools.partial(
-        _draw_curves, 6, ("adam", "adam_star", "adam_star_mb"), ("cifar10", "cifar100")
-    ),
-    7: functools.partial(
-        _draw_curves, 7, ("m_svag", "m_svag_mb"), ("cifar10", "cifar100")
-    ),
+}
+# The methods whose replications they show, and the problems unless told otherwise.
+FIGURES_OF_RUNS: dict[int, tuple[Sequence[str], Sequence[str]]] = {
+    3: (FOUR_METHODS, ("digits",)),
+    6: (("adam", "adam_star", "adam_star_mb"), ("cifar10", "cifar100")),
+    7: (("m_svag", "m_svag_mb"), ("cifar10", "cifar100")),
 }

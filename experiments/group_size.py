@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from experiments.data import Dataset
+from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 from experiments.training import lower_gradient
 
@@ -25,12 +26,13 @@ _SHARE_OF_MEMORY = 0.5
 
 
 def group_size(
-    problem: Problem, settings: Settings, dataset: Dataset, wanted: int
+    problem: Problem, method: Method, settings: Settings, dataset: Dataset, wanted: int
 ) -> int:
     """Number of runs that are trained at a time.
 
     Args:
       problem: The test problem.
+      method: The optimizer.
       settings: Batch size.
       dataset: The data, on the device.
       wanted: Number of runs that there are to train.
@@ -40,12 +42,12 @@ def group_size(
       which is compiled once.
     """
     if jax.default_backend() == "cpu":
-        flops = _flops(problem, settings, _image_shape(dataset))
+        flops = _flops(problem, method, settings, _image_shape(dataset))
         return filling_cores(flops, os.cpu_count() or 1)
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:  # The device does not say.
         return max(wanted, 1)
-    size = _bytes(problem, settings, _image_shape(dataset))
+    size = _bytes(problem, method, settings, _image_shape(dataset))
     return fitting_memory(size, memory - _nbytes(dataset), wanted)
 
 
@@ -101,18 +103,22 @@ def _nbytes(tree: object) -> int:
 
 
 @functools.cache
-def _flops(problem: Problem, settings: Settings, image_shape: tuple[int, ...]) -> float:
+def _flops(
+    problem: Problem, method: Method, settings: Settings, image_shape: tuple[int, ...]
+) -> float:
     """Floating-point operations in one gradient."""
-    lowered, _ = lower_gradient(problem, settings, image_shape)
+    lowered, _ = lower_gradient(problem, method, settings, image_shape)
     analysis = lowered.cost_analysis() or {}
     # A backend that does not say is taken to be full.
     return analysis.get("flops", math.inf)
 
 
 @functools.cache
-def _bytes(problem: Problem, settings: Settings, image_shape: tuple[int, ...]) -> int:
+def _bytes(
+    problem: Problem, method: Method, settings: Settings, image_shape: tuple[int, ...]
+) -> int:
     """Bytes that a run needs while it computes a gradient."""
-    lowered, params = lower_gradient(problem, settings, image_shape)
+    lowered, params = lower_gradient(problem, method, settings, image_shape)
     memory: Any = lowered.compile().memory_analysis()
     parameters = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)

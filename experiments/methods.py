@@ -3,9 +3,12 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import dissect_optax
@@ -22,8 +25,9 @@ class Method:
       name: Public name in `dissect_optax`, or the path of an Optax optimizer.
       label: Name in figures and tables.
       factory: From a learning rate to the optimizer.
-      first_guess: Step size where the search for the largest stable one begins. It
-        costs time when it is far off; it does not change what is found.
+      first_guess: Step size where the search for the largest stable one begins. Far
+        off it costs time. It is no bound, but of two that are stable with an unstable
+        one between them it may decide which is found.
       needs_variance: Whether the optimizer asks for the mini-batch's gradient variance.
     """
 
@@ -95,15 +99,20 @@ def get_method(name: str) -> Method:
         ) from None
     if not _makes_optimizers(factory):
         raise UserError(
-            f"'{name}' is no optimizer: it does not make a gradient transformation from"
-            " a learning rate alone. Expected a path such as 'optax.adamw'."
+            f"'{name}' is no optimizer that needs a learning rate and gradients alone."
+            " Expected a path such as 'optax.adamw'."
         )
     return Method(name, name, factory, 0.1)
 
 
 def _makes_optimizers(factory: Any) -> bool:
-    """Whether a learning rate is all it needs to make a gradient transformation."""
+    """Whether it takes a learning rate, and its optimizer nothing but gradients."""
     try:
-        return isinstance(factory(0.1), optax.GradientTransformation)
+        first, *_ = inspect.signature(factory).parameters
+        optimizer = optax.with_extra_args_support(factory(0.1))
+        params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+        state = jax.eval_shape(optimizer.init, params)
+        jax.eval_shape(optimizer.update, params, state, params)
     except Exception:  # It may be anything that Optax holds.
         return False
+    return first == "learning_rate"

@@ -36,7 +36,15 @@ from experiments.errors import UserError
 from experiments.locks import only_process
 from experiments.problems.problem import Settings
 
-_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "optax",
+    "flax",
+    "numpy",
+    "tensorflow-datasets",
+    "dm-pix",
+)
 
 
 @dataclasses.dataclass(frozen=True)

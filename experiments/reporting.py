@@ -39,6 +39,12 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), std
 
 
+def accuracy_of_finished(records: Sequence[Record]) -> tuple[float, float]:
+    """Mean and deviation of the final accuracy over the runs that did not diverge."""
+    accuracies = [final_accuracy(record) for record in records if not record.diverged]
+    return mean_and_std(accuracies) if accuracies else (math.nan, math.nan)
+
+
 def final_accuracy(record: Record) -> float:
     """Test accuracy after the last step; NaN for a run that diverged."""
     return math.nan if record.diverged else record.evaluations[-1].test_accuracy
@@ -73,11 +79,11 @@ def paired_effect(
 
     Args:
       comparison: What is compared.
-      before: Accuracy by seed without the aspect.
+      before: Accuracy by seed without the aspect, NaN where the run diverged.
       after: Accuracy by seed with it.
 
     Returns:
-      The effect, in percentage points.
+      The effect, in percentage points, over the pairs in which no run diverged.
 
     Examples:
       >>> effect = paired_effect("b − a", {1: 0.90, 2: 0.92}, {1: 0.91, 2: 0.93})
@@ -86,10 +92,13 @@ def paired_effect(
     """
     seeds = sorted(before.keys() & after.keys())
     differences = [100 * (after[seed] - before[seed]) for seed in seeds]
+    differences = [value for value in differences if not math.isnan(value)]
+    if not differences:
+        return Effect(comparison, math.nan, math.nan, 0)
     mean, std = mean_and_std(differences)
-    quantile = stdtrit(max(len(seeds) - 1, 1), (1 + _CONFIDENCE) / 2)
-    half_width = float(quantile * std / math.sqrt(len(seeds)))
-    return Effect(comparison, mean, half_width, len(seeds))
+    quantile = stdtrit(max(len(differences) - 1, 1), (1 + _CONFIDENCE) / 2)
+    half_width = float(quantile * std / math.sqrt(len(differences)))
+    return Effect(comparison, mean, half_width, len(differences))
 
 
 def effects(
@@ -148,14 +157,15 @@ def accuracy_table(problem: Problem, outcomes: Mapping[str, Outcome]) -> Table:
     for column in ("step size", "largest stable", "seeds"):
         table.add_column(column, justify="right")
     for name, outcome in outcomes.items():
-        accuracies = [final_accuracy(record) for record in outcome.replications]
+        diverged = sum(record.diverged for record in outcome.replications)
         table.add_row(
             outcome.method.label,
-            percent(*mean_and_std(accuracies)),
+            percent(*accuracy_of_finished(outcome.replications)),
             *([problem.published.get(name, "–")] if problem.published else []),
             f"{outcome.tuned.learning_rate:g}",
             f"{outcome.tuned.largest_stable:g}",
-            str(len(accuracies)),
+            f"{len(outcome.replications)}"
+            + (f", {diverged} diverged" if diverged else ""),
         )
     return table
 
@@ -191,11 +201,12 @@ def summary(job: Job, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
       outcomes: Outcomes by the method's name; not empty.
 
     Returns:
-      A tree for `records.to_text`; the deviation of a single run is NaN.
+      A tree for `records.to_text`; the deviation of a single run is NaN, and so is
+      the accuracy of a run that diverged, which no mean counts.
     """
     methods = {}
     for name, outcome in outcomes.items():
-        mean, std = mean_and_std([final_accuracy(r) for r in outcome.replications])
+        mean, std = accuracy_of_finished(outcome.replications)
         methods[name] = {
             "test_accuracy_mean": mean,
             "test_accuracy_std": std,

@@ -232,7 +232,7 @@ def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Grou
     fresh = [config for config in missing if config not in resumed]
     if not fresh:
         return groups
-    size = group_size(job.problem, job.settings, job.dataset, len(fresh))
+    size = group_size(job.problem, method, job.settings, job.dataset, len(fresh))
     for first in range(0, len(fresh), size):
         groups.append(Group(tuple(fresh[first : first + size]), size))
     return groups

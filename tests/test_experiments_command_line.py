@@ -19,7 +19,6 @@ from matplotlib.image import imread
 
 from experiments import running
 from experiments.command_line import COMMANDS, main
-from experiments.commands import FIGURES
 from experiments.methods import FOUR_METHODS
 from experiments.records import Store
 from experiments.studies import convergence
@@ -125,7 +124,7 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
         (["table", "digits"], "python -m experiments reproduce digits"),
         (
             ["figure", "99"],
-            f"no command for Figure 99. Known: {', '.join(map(str, FIGURES))}.",
+            "no command for Figure 99. Known: 1, 2, 3, 4, 5, 6, 7.",
         ),
         (
             ["train", "digits", "--optimizer", "msvag", "--learning-rate", "1"],
@@ -135,12 +134,23 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
             ["train", "digits", "--optimizer", "optax.adm", "--learning-rate", "1"],
             "Optax has no 'optax.adm'. Did you mean 'optax.adam",
         ),
+        (["figure", "1", "--problems", "digits"], "`--problems` means nothing to"),
         *(
             (
                 ["train", "digits", "--optimizer", path, "--learning-rate", "1"],
                 f"'{path}' is no optimizer",
             )
-            for path in ("optax.losses", "optax.apply_updates", "optax.linear_schedule")
+            for path in (
+                "optax.losses",
+                "optax.apply_updates",
+                "optax.linear_schedule",
+                # Transformations whose first parameter is something else.
+                "optax.clip",
+                "optax.scale",
+                "optax.trace",
+                # It asks for the loss at other points.
+                "optax.lbfgs",
+            )
         ),
         *(
             ([*TRAIN, "--learning-rate", rate], f"positive number .* got {rate}")
@@ -224,6 +234,14 @@ def test_unknown_option_names_the_nearest(capsys):
         main(["table", "--smok"])
     assert stopped.value.code == 2
     assert "--smoke" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[*TRAIN, "--learning-rate", "1"], ["curves"]])
+def test_option_of_tuning_is_refused_where_nothing_is_tuned(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--tuning-steps", "20"])
+    assert stopped.value.code == 2
+    assert "Unrecognized" in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):
@@ -381,6 +399,24 @@ def test_killed_run_goes_on_and_ends_with_the_same_record(
     )
     assert lines_of(record) == lines_of(expected)
     assert not (runs / "digits" / "m_svag" / "unfinished").exists()
+
+
+def test_killed_group_goes_on_and_ends_with_the_same_records(tmp_path):
+    # Ten step sizes as one program, some of which diverge, and then the next group.
+    command = ["tune", "digits", "--optimizers", "m_svag", "--steps", "100"]
+    reference, runs = tmp_path / "reference", tmp_path / "runs"
+    options = ["--runs-dir", str(runs), "--checkpoint-seconds", "0"]
+    assert main([*command, "--runs-dir", str(reference)]) == 0
+    start_and_kill([*command, *options], runs, f"{CHECKPOINTS}/60")
+    assert not list(runs.glob("digits/m_svag/rate*"))
+    assert main([*command, "--runs-dir", str(runs)]) == 0
+    records, expected = (
+        {path.name: lines_of(path) for path in folder.glob("digits/m_svag/rate*")}
+        for folder in (runs, reference)
+    )
+    assert len(expected) >= 10
+    assert any(lines[-1]["training_loss"] is None for lines in expected.values())
+    assert records == expected
 
 
 def test_damaged_checkpoint_is_named(tmp_path, monkeypatch, capsys):

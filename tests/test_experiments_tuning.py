@@ -2,13 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from experiments.errors import UserError
 from experiments.problems import Settings
 from experiments.records import Measurement, Record, RunConfig
-from experiments.reporting import mean_and_std, paired_effect
 from experiments.tuning import (
     grid_point,
     is_stable,
@@ -120,33 +118,3 @@ def test_test_loss_decides_between_equal_accuracies():
         made_up_record(1.0, [2.0, 3.0], [0.1, 0.1]),
     ]
     assert select(records).learning_rate == 0.3
-
-
-def test_deviation_has_n_minus_one_below():
-    mean, std = mean_and_std([1.0, 2.0, 6.0])
-    assert (mean, std) == (3.0, pytest.approx(math.sqrt(14 / 2)))
-    assert math.isnan(mean_and_std([1.0])[1])
-
-
-def test_interval_of_paired_effects_covers_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    true_effect, seeds, repetitions = 0.01, 6, 2000
-    covered = 0
-    for _ in range(repetitions):
-        shared = generator.normal(0.9, 0.05, seeds)
-        before = dict(enumerate(shared + generator.normal(0, 0.01, seeds)))
-        after = dict(enumerate(shared + true_effect + generator.normal(0, 0.01, seeds)))
-        effect = paired_effect("after − before", before, after)
-        covered += abs(effect.mean - 100 * true_effect) <= effect.half_width
-    # Three standard deviations of a share of 95 % among 2 000; a normal quantile in
-    # the place of Student's would cover 89 %.
-    assert abs(covered / repetitions - 0.95) < 0.015
-
-
-def test_effect_uses_the_seeds_that_both_have():
-    effect = paired_effect(
-        "b − a", {1: 0.5, 2: 0.5, 3: 0.5, 9: 0.0}, {1: 0.6, 2: 0.4, 3: 0.5, 4: 1.0}
-    )
-    assert effect.seeds == 3
-    assert effect.mean == pytest.approx(0.0)
-    assert effect.within_noise

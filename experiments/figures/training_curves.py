@@ -1,5 +1,6 @@
-"""Figure 3: training and test loss over steps, one column per problem."""
+"""Figures 3, 6 and 7: training and test loss over steps, one column per problem."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from experiments.figures.style import WIDTH, color, line_style, save, style
 from experiments.records import Record
+
+_LEGEND_COLUMNS = 4
 
 
 def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -24,11 +27,30 @@ def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.nd
     return steps, values
 
 
+def _opacities(lines: Mapping[str, Sequence[Record]]) -> dict[str, float]:
+    """How strongly a line is drawn: among those of one method, each more than the last.
+
+    Methods have a colour each; this tells their step sizes apart.
+    """
+    method_of = {label: records[0].config.optimizer for label, records in lines.items()}
+    totals = Counter(method_of.values())
+    counts: Counter[str] = Counter()
+    opacities = {}
+    for label, method in method_of.items():
+        counts[method] += 1
+        opacities[label] = counts[method] / totals[method]
+    return opacities
+
+
 def _draw_band(
-    axes: Axes, label: str, records: Sequence[Record], quantity: str
+    axes: Axes, label: str, records: Sequence[Record], quantity: str, opacity: float
 ) -> None:
     """Mean of one method, shaded by one standard deviation."""
-    steps, values = _curves(records, quantity)
+    # One that diverged would take the mean with it; the label says how many did.
+    finished = [record for record in records if not record.diverged]
+    if len(finished) < len(records):
+        label += f" ({len(records) - len(finished)} of {len(records)} diverged)"
+    steps, values = _curves(finished or records, quantity)
     mean = values.mean(axis=0)
     method = records[0].config.optimizer
     shade = color(method)
@@ -37,12 +59,18 @@ def _draw_band(
         mean,
         color=shade,
         linestyle=line_style(method),
+        alpha=opacity,
         label=label,
     )
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
         axes.fill_between(
-            steps, mean - std, mean + std, color=shade, alpha=0.2, linewidth=0
+            steps,
+            mean - std,
+            mean + std,
+            color=shade,
+            alpha=0.2 * opacity,
+            linewidth=0,
         )
 
 
@@ -58,7 +86,8 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
     """Draws the figure.
 
     Args:
-      columns: By the problem's title, and by the method's label, the replications.
+      columns: By the problem's title, and by the line's label, the runs that a line
+        is the mean of. They share a method, whose colour the line has.
       path: Where to write it.
 
     Returns:
@@ -67,10 +96,13 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
     with style():
         figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
         axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
-        for column, (title, methods) in enumerate(columns.items()):
+        for column, (title, lines) in enumerate(columns.items()):
+            opacities = _opacities(lines)
             for row, quantity in enumerate(("training_loss", "test_loss")):
-                for label, records in methods.items():
-                    _draw_band(axes[row, column], label, records, quantity)
+                for label, records in lines.items():
+                    _draw_band(
+                        axes[row, column], label, records, quantity, opacities[label]
+                    )
                 _use_plain_log_scale(axes[row, column])
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.01)
@@ -79,5 +111,10 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
         axes[1, 0].set_ylabel("test loss")
         figure.align_ylabels()
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+        figure.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=min(len(labels), _LEGEND_COLUMNS),
+        )
         return save(figure, path)

@@ -68,7 +68,7 @@ PROBLEM = Problem(
     load_data=functools.partial(load_tfds, "cifar10"),
     network=Network,
     test_input=standardize,
-    training_input=random_view,
+    augmented_input=random_view,
     published={
         "m_sgd": "84.5 ± 0.6 %",
         "adam": "84.8 ± 0.6 %",

@@ -92,7 +92,7 @@ PROBLEM = Problem(
     load_data=functools.partial(load_tfds, "cifar100"),
     network=Network,
     test_input=standardize,
-    training_input=random_view,
+    augmented_input=random_view,
     schedule=schedule,
     published={
         "m_sgd": "67.8 ± 0.3 %",

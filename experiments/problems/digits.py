@@ -67,12 +67,6 @@ def test_input(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 16
 
 
-def training_input(image: jax.Array, key: jax.Array) -> jax.Array:
-    """The same: this problem has no augmentation."""
-    del key
-    return test_input(image)
-
-
 PROBLEM = Problem(
     name="digits",
     title="Digits",
@@ -82,5 +76,4 @@ PROBLEM = Problem(
     load_data=load_data,
     network=Network,
     test_input=test_input,
-    training_input=training_input,
 )

@@ -51,12 +51,6 @@ def test_input(image: jax.Array) -> jax.Array:
     return image.reshape(-1).astype(jnp.float32) / 255
 
 
-def training_input(image: jax.Array, key: jax.Array) -> jax.Array:
-    """The same: this problem has no augmentation."""
-    del key
-    return test_input(image)
-
-
 PROBLEM = Problem(
     name="mnist",
     title="MNIST",
@@ -66,7 +60,6 @@ PROBLEM = Problem(
     load_data=functools.partial(load_tfds, "mnist"),
     network=Network,
     test_input=test_input,
-    training_input=training_input,
     published={
         "m_sgd": "92.0 ± 0.2 %",
         "adam": "91.8 ± 0.3 %",

@@ -66,7 +66,8 @@ class Problem:
           dropout or None, which switches dropout off; it returns logits. Arrays
           named `kernel` are weights, on which L2 acts.
       test_input: From a stored image to the network's input.
-      training_input: The same with augmentation, from an image and a key.
+      augmented_input: The same with augmentation, from an image and a key; None where
+          training is shown what the test is.
       schedule: From the tuned step size to the learning rate of every step.
       published: The paper's test accuracies as it prints them, by the method's name.
     """
@@ -79,8 +80,14 @@ class Problem:
     load_data: Callable[[Path | None], Dataset]
     network: Callable[[nnx.Rngs], nnx.Module]
     test_input: Callable[[jax.Array], jax.Array]
-    training_input: Callable[[jax.Array, jax.Array], jax.Array]
+    augmented_input: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     schedule: Callable[[jax.typing.ArrayLike], optax.ScalarOrSchedule] = constant
     published: Mapping[str, str] = dataclasses.field(
         default_factory=dict, compare=False
     )
+
+    def training_input(self, image: jax.Array, key: jax.Array) -> jax.Array:
+        """What the network is shown of a stored image in a training step."""
+        if self.augmented_input is None:
+            return self.test_input(image)
+        return self.augmented_input(image, key)
