@@ -236,7 +236,9 @@ def test_unknown_option_names_the_nearest(capsys):
     assert "--smoke" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[*TRAIN, "--learning-rate", "1"], ["curves"]])
+@pytest.mark.parametrize(
+    "command", [[*TRAIN, "--learning-rate", "1"], ["curves", "digits"]]
+)
 def test_option_of_tuning_is_refused_where_nothing_is_tuned(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--tuning-steps", "20"])

@@ -140,11 +140,12 @@ def test_evaluation_is_over_every_test_image(problem, dataset):
 
 
 def test_evaluation_in_pieces_is_the_same(problem, dataset, monkeypatch):
-    # 1 297 and 500 are no multiples of 64.
+    # 1 297 and 500 are no multiples of 32.
     group = members([0.01, 0.01], [1, 2])
     state = initialise(problem, get_method("m_sgd"), group)
     whole = evaluate(problem, SETTINGS, dataset, group, state.step, state.params)
-    monkeypatch.setattr("experiments.training._EXAMPLES_EVALUATED_AT_ONCE", 64)
+    # 32 of each of the two members, whose images have 64 entries.
+    monkeypatch.setattr("experiments.training._ENTRIES_EVALUATED_AT_ONCE", 64 * 64)
     other = dataclasses.replace(SETTINGS, steps=40)  # Another compilation.
     pieces = evaluate(problem, other, dataset, group, state.step, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), whole, pieces)
