@@ -74,18 +74,29 @@ def test_every_command(name, small_data_dir, tmp_path, monkeypatch, capsys):
         assert main(["figure", "3", "--problems", name, *options]) == 0
     assert figure.exists()
 
-    if name == "cifar100":  # The variance of so deep a network compiles for a minute.
-        return
-    # Other methods beside them: all are in the summary, each has figures of its own.
-    before = figure.stat().st_mtime_ns
-    others = ["m_svag", "m_svag_mb"]
-    assert main(["reproduce", name, "--optimizers", *others, *options]) == 0
-    summary = json.loads((tmp_path / name / "summary_smoke.json").read_text())
-    assert set(summary["methods"]) == {*FOUR_METHODS, "m_svag_mb"}
-    assert figure.stat().st_mtime_ns == before
-    assert (tmp_path / "figures" / f"m_svag_m_svag_mb_{name}_smoke.png").exists()
-    assert main(["figure", "7", "--problems", name, *options]) == 0
-    assert (tmp_path / "figures" / f"figure_7_{name}_smoke.png").exists()
+
+def test_figures_of_the_variants(small_data_dir, tmp_path, capsys):
+    options = ["--smoke", "--runs-dir", str(tmp_path), "--data-dir"]
+    options.append(str(small_data_dir))
+
+    def figures_of(number, *methods):
+        assert main(["figure", number, "--problems", "cifar10", *options]) == 2
+        assert "no complete record of" in capsys.readouterr().err
+        command = ["reproduce", "cifar10", "--seeds", "1", *options]
+        assert main([*command, "--optimizers", *methods]) == 0
+        assert main(["figure", number, "--problems", "cifar10", *options]) == 0
+        return [
+            tmp_path / "figures" / f"{name}_cifar10_smoke.png"
+            for name in ("_".join(methods), f"figure_{number}")
+        ]
+
+    figures = figures_of("7", "m_svag", "m_svag_mb")
+    figures += figures_of("6", "adam", "adam_star", "adam_star_mb")
+    assert all(imread(path).std() > 0.05 for path in figures)
+    # The later command did not undo the earlier one's.
+    summary = json.loads((tmp_path / "cifar10" / "summary_smoke.json").read_text())
+    methods = {"m_svag", "m_svag_mb", "adam", "adam_star", "adam_star_mb"}
+    assert set(summary["methods"]) == methods
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
