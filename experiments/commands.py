@@ -21,7 +21,13 @@ from experiments.figures import (
 from experiments.methods import FOUR_METHODS, METHODS, get_method
 from experiments.problems import Settings, get_problem
 from experiments.progress import Monitor
-from experiments.records import Record, Store, to_text, write_atomically
+from experiments.records import (
+    Record,
+    Store,
+    record_to_json,
+    to_text,
+    write_atomically,
+)
 from experiments.running import Job, complete
 from experiments.studies import catalogue, illustrations
 from experiments.tuning import Outcome, find_outcome, outcome, replicate, tune
@@ -298,7 +304,7 @@ def curves(
     optimizers: tuple[str, ...] = FOUR_METHODS,
     options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
-    """Draw the training and test loss of every record, tuned or not.
+    """Draw and collect the losses of every record, tuned or not.
 
     Args:
       problem: The test problem.
@@ -317,8 +323,13 @@ def curves(
             f" with {job.settings.steps} steps. Run `python -m experiments train"
             f" {problem}` with the same options first."
         )
+    summary = options.runs_dir / problem / f"curves{_suffix(options)}.json"
+    runs = [record_to_json(run) for line in records.values() for run in line]
+    write_atomically(summary, to_text(runs))
     path = _figure_path(f"curves_{problem}", options)
-    print(f"Figure:  {training_curves.draw({job.problem.title: records}, path)}")
+    training_curves.draw({job.problem.title: records}, path)
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
 
 
 def figure(

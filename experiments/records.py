@@ -167,6 +167,15 @@ def config_from_json(fields: dict[str, Any]) -> RunConfig:
     return RunConfig(**{**fields, "settings": Settings(**fields["settings"])})
 
 
+def record_to_json(record: Record) -> dict[str, Any]:
+    """The record as one JSON object."""
+    return {
+        "config": config_to_json(record.config),
+        "environment": record.environment,
+        "evaluations": [measurement_to_json(line) for line in record.evaluations],
+    }
+
+
 def to_text(content: Any) -> str:
     """JSON that is pleasant to read; null is a number that is not finite."""
     return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"

@@ -15,20 +15,24 @@ from experiments.command_line import main
 from experiments.data import Dataset, first_images
 from experiments.methods import FOUR_METHODS, METHODS
 from experiments.problems import get_problem
-from experiments.records import Store
+from experiments.records import Store, config_from_json
 from experiments.training import Member, advance, evaluate, initialise
 from experiments.tuning import is_stable
 
 DOWNLOADED = ("mnist", "cifar10", "cifar100")
 
 
+def without_seconds(lines):
+    """Evaluations as the same run would repeat them."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
 def contents(runs):
     """Every record below a directory, less the seconds."""
     return {
-        str(path.parent.relative_to(runs)): [
-            {k: v for k, v in json.loads(line).items() if k != "seconds"}
-            for line in path.read_text().splitlines()
-        ]
+        str(path.parent.relative_to(runs)): without_seconds(
+            map(json.loads, path.read_text().splitlines())
+        )
         for path in runs.glob("*/*/rate*/evaluations.jsonl")
     }
 
@@ -73,6 +77,12 @@ def test_every_command(name, small_data_dir, tmp_path, monkeypatch, capsys):
         assert main(["curves", name, *options]) == 0
         assert main(["figure", "3", "--problems", name, *options]) == 0
     assert figure.exists()
+    store, collected = Store(tmp_path), {}
+    for run in json.loads((tmp_path / name / "curves_smoke.json").read_text()):
+        directory = store.directory(config_from_json(run["config"]))
+        lines = without_seconds(run["evaluations"])
+        collected[str(directory.relative_to(tmp_path))] = lines
+    assert collected == contents(tmp_path)
 
 
 def test_figures_of_the_variants(small_data_dir, tmp_path, capsys):
