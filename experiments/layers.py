@@ -62,8 +62,15 @@ def convolve(
     is_plain = (*lhs_dilation, *rhs_dilation, feature_group_count) == (1,) * 5
     if is_plain and _on_cpu():
         windows = _windows(inputs, kernel.shape[:2], window_strides, padding)
-        matrix = kernel.reshape(-1, kernel.shape[-1])
-        return jnp.matmul(_patches(inputs, *windows), matrix, precision=precision)
+        patches = _patches(inputs, *windows)
+        # As two matrices: over more axes XLA would transpose, and multiply at a
+        # quarter of the speed, in the kernel's gradient (64 features, 200 704 rows).
+        features = jnp.matmul(
+            patches.reshape(-1, patches.shape[-1]),
+            kernel.reshape(-1, kernel.shape[-1]),
+            precision=precision,
+        )
+        return features.reshape(*patches.shape[:-1], kernel.shape[-1])
     return lax.conv_general_dilated(
         inputs,
         kernel,

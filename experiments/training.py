@@ -66,7 +66,10 @@ class Evaluation(NamedTuple):
 
 
 class _Input(NamedTuple):
-    """One example as the network sees it in a training step."""
+    """One example as the network sees it in a training step, or a mini-batch of them.
+
+    One key is enough for the dropout of a mini-batch that goes through as a whole.
+    """
 
     values: jax.Array
     label: jax.Array
@@ -144,27 +147,25 @@ def _initial_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def _example_loss(problem: Problem, params: nnx.State, example: _Input) -> jax.Array:
-    """Cross-entropy of one example."""
-    logits = _logits(problem, params, example.values, example.dropout_key)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.label)
-
-
-def _batch_loss(problem: Problem, params: nnx.State, batch: _Input) -> jax.Array:
-    """Mean cross-entropy of a mini-batch."""
-    loss = functools.partial(_example_loss, problem, params)
-    return jnp.mean(jax.vmap(loss)(batch))
+def _loss(problem: Problem, params: nnx.State, inputs: _Input) -> jax.Array:
+    """Cross-entropy of one example, or its mean over a mini-batch."""
+    logits = _logits(problem, params, inputs.values, inputs.dropout_key)
+    return jnp.mean(
+        optax.losses.softmax_cross_entropy_with_integer_labels(logits, inputs.label)
+    )
 
 
 def _gradient(
     problem: Problem, method: Method, params: nnx.State, batch: _Input
 ) -> tuple[nnx.State, dict[str, nnx.State]]:
     """Gradient of the mean cross-entropy, and what else the optimizer asks for."""
-    if method.needs_variance:
-        loss = functools.partial(_example_loss, problem)
-        _, gradient, variance = value_grad_and_variance(loss)(params, batch)
+    loss = functools.partial(_loss, problem)
+    if method.needs_variance:  # From examples, each with a key of its own.
+        keys = jax.random.split(batch.dropout_key, len(batch.label))
+        examples = batch._replace(dropout_key=keys)
+        _, gradient, variance = value_grad_and_variance(loss)(params, examples)
         return gradient, {"grad_variance": variance}
-    return jax.grad(functools.partial(_batch_loss, problem))(params, batch), {}
+    return jax.grad(loss)(params, batch), {}
 
 
 def _train_step(
@@ -179,12 +180,11 @@ def _train_step(
     keys = _keys(member.seed)
     batch = sample_batch(dataset.training, keys.data, state.step, settings.batch_size)
     noise_key = jax.random.fold_in(keys.noise, state.step)
-    augmentation_keys, dropout_keys = jax.random.split(
-        noise_key, (2, settings.batch_size)
-    )
+    augmentation_key, dropout_key = jax.random.split(noise_key)
+    augmentation_keys = jax.random.split(augmentation_key, settings.batch_size)
     inputs = jax.vmap(problem.training_input)(batch.image, augmentation_keys)
     gradient, extra_args = _gradient(
-        problem, method, state.params, _Input(inputs, batch.label, dropout_keys)
+        problem, method, state.params, _Input(inputs, batch.label, dropout_key)
     )
     # The penalty is no random variable: it moves the gradient, not its variance.
     gradient = jax.tree.map(
@@ -312,7 +312,7 @@ def lower_gradient(
     batch = _Input(
         values=jax.eval_shape(jax.vmap(problem.test_input), images),
         label=labels,
-        dropout_key=jax.eval_shape(jax.vmap(jax.random.key), labels),
+        dropout_key=jax.eval_shape(jax.random.key, 0),
     )
     gradient = functools.partial(_gradient, problem, method)
     return jax.jit(gradient).lower(params, batch), params
