@@ -1,5 +1,6 @@
 """`python -m experiments`; Ctrl-C is answered while modules are imported, too."""
 
+import os
 import sys
 
 
@@ -10,7 +11,13 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nInterrupted before anything began.", file=sys.stderr)
         return 130
-    return command_line.main(sys.argv[1:])
+    status = command_line.main(sys.argv[1:])
+    if status == command_line.INTERRUPTED:
+        # The ordinary way out would wait for what the device still computes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

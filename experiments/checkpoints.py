@@ -97,13 +97,17 @@ def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]
 
     Returns:
       The groups that have a checkpoint.
+
+    Raises:
+      UserError: What says which runs belong to a checkpoint is damaged.
     """
     folder = store.folder(problem, optimizer) / "unfinished"
     groups = []
     for path in sorted(folder.glob("*/group.json")):
-        content = json.loads(path.read_text())
-        configs = tuple(config_from_json(config) for config in content["configs"])
-        groups.append(Group(configs, content["size"]))
+        with _damage_named(path.parent):
+            content = json.loads(path.read_text())
+            configs = tuple(config_from_json(config) for config in content["configs"])
+            groups.append(Group(configs, content["size"]))
     return groups
 
 
@@ -194,7 +198,7 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
         if step is None:
             return None
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_position(template))
-        try:
+        with _damage_named(folder):
             restored = manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -202,11 +206,6 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
                     measured=ocp.args.JsonRestore(),
                 ),
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"The checkpoint in {folder} cannot be read ({error}). Remove that"
-                " directory to begin these runs again."
-            ) from error
     leaves = [restored.state[name] for name in sorted(restored.state)]
     return GroupProgress(
         state=jax.tree.unflatten(jax.tree.structure(template), leaves),
@@ -217,6 +216,18 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
             for lines in restored.measured["evaluations"]
         ],
     )
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Makes a sentence of whatever a damaged file ends in."""
+    try:
+        yield
+    except Exception as error:  # Orbax raises what its readers do, `Exception` too.
+        raise UserError(
+            f"The checkpoint in {folder} cannot be read ({error}). Remove that"
+            " directory to begin these runs again."
+        ) from error
 
 
 def remove(store: Store, group: Group) -> None:

@@ -25,6 +25,7 @@ from experiments.problems import PROBLEMS
 
 _PROGRAM = "python -m experiments"
 _MAIN_JOB = ("reproduce", "digits")
+INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
 
 
 # A study adds its command by a row.
@@ -101,5 +102,5 @@ def main(arguments: Sequence[str]) -> int:
             f" checkpoint: {_PROGRAM} {shlex.join(arguments)}",
             file=sys.stderr,
         )
-        return 130
+        return INTERRUPTED
     return 0

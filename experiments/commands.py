@@ -18,8 +18,14 @@ from experiments.figures import (
     variance_adaptation_sketch,
     wrong_sign_mass,
 )
-from experiments.methods import FOUR_METHODS, METHODS, get_method
-from experiments.problems import Settings, get_problem
+from experiments.methods import (
+    FOUR_METHODS,
+    METHODS,
+    Method,
+    get_method,
+    makes_optimizers,
+)
+from experiments.problems import Problem, Settings, get_problem
 from experiments.progress import Monitor
 from experiments.records import (
     Record,
@@ -100,9 +106,35 @@ def _with_steps(
     return dataclasses.replace(settings, steps=steps, evaluation_interval=interval)
 
 
+def _distinct(flag: str, names: Sequence[str]) -> Sequence[str]:
+    """The names, of which there must be one, and none twice."""
+    if not names or len(set(names)) < len(names):
+        given = " ".join(names) or "nothing"
+        raise UserError(f"`{flag}` must be given different names, got {given}.")
+    return names
+
+
+def _method(problem: Problem, name: str) -> Method:
+    """The method of this name, if it can be trained on this problem."""
+    method = get_method(name)
+    learning_rate = problem.schedule(method.first_guess)
+    # This library's optimizers all do.
+    if name not in METHODS and not makes_optimizers(method.factory, learning_rate):
+        raise UserError(
+            f"'{name}' takes no schedule of the learning rate, and {problem.name} has"
+            " one. Expected an optimizer that does, such as 'optax.adamw'."
+        )
+    return method
+
+
 def _job(problem_name: str, options: TrainingOptions) -> Job:
     """Problem, settings, store and monitor that the options ask for."""
     problem = get_problem(problem_name)
+    if not options.checkpoint_seconds >= 0:
+        raise UserError(
+            "`--checkpoint-seconds` must not be negative, got"
+            f" {options.checkpoint_seconds:g}. Use 0 for as many as possible."
+        )
     settings = _with_steps(
         problem.smoke if options.smoke else problem.settings,
         options.steps,
@@ -133,7 +165,10 @@ def _job(problem_name: str, options: TrainingOptions) -> Job:
 
 def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
     """What the records say about these methods."""
-    return {name: outcome(job, get_method(name)) for name in optimizers}
+    methods = [
+        _method(job.problem, name) for name in _distinct("--optimizers", optimizers)
+    ]
+    return {method.name: outcome(job, method) for method in methods}
 
 
 def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
@@ -185,7 +220,7 @@ def train(
       options: What every command understands.
     """
     job = _job(problem, options)
-    method = get_method(optimizer)
+    method = _method(job.problem, optimizer)
     # Runs compute in single precision, where other numbers are zero or infinite.
     if not float(_SINGLE.tiny) <= learning_rate <= float(_SINGLE.max):
         raise UserError(
@@ -223,8 +258,8 @@ def tune_step_sizes(
       options: What every command understands.
     """
     job = _job(problem, options)
-    for name in optimizers:
-        method = get_method(name)
+    names = _distinct("--optimizers", optimizers)
+    for method in [_method(job.problem, name) for name in names]:
         tuned = tune(job, method)
         print(
             f"{method.label}: step size {tuned.learning_rate:g}, best of"
@@ -244,14 +279,15 @@ def reproduce(
     Args:
       problem: The test problem.
       optimizers: The methods.
-      seeds: Replications of each method; ten, or two with --smoke.
+      seeds: Replications of each method, ten, or two with --smoke; if there are more
+        of them already, all count.
       options: What every command understands.
     """
     if seeds is not None and seeds < 1:
         raise UserError(f"`--seeds` must be at least 1, got {seeds}.")
     job = _job(problem, options)
-    methods = [get_method(name) for name in optimizers]
-    for method in methods:
+    names = _distinct("--optimizers", optimizers)
+    for method in [_method(job.problem, name) for name in names]:
         tuned = tune(job, method)
         replicate(
             job,
@@ -265,8 +301,8 @@ def reproduce(
     # Of every method that is complete, so that one command does not undo another's.
     complete_outcomes = outcomes | {
         name: found
-        for name, method in METHODS.items()
-        if (found := find_outcome(job, method))
+        for name in job.store.optimizers(problem)
+        if (found := find_outcome(job, get_method(name)))
     }
     write_atomically(summary, to_text(reporting.summary(job, complete_outcomes)))
     name = "figure_3" if tuple(optimizers) == FOUR_METHODS else "_".join(optimizers)
@@ -293,7 +329,7 @@ def table(
       optimizers: The methods.
       options: What every command understands.
     """
-    for problem in problems:
+    for problem in _distinct("PROBLEM", problems):
         job = _job(problem, options)
         _print_results(job, _outcomes(job, optimizers))
 
@@ -313,7 +349,7 @@ def curves(
     """
     job = _job(problem, options)
     records: dict[str, list[Record]] = {}
-    for method in map(get_method, optimizers):
+    for method in map(get_method, _distinct("--optimizers", optimizers)):
         for record in job.store.records(problem, method.name, job.settings):
             label = f"{method.label}, {record.config.learning_rate:g}"
             records.setdefault(label, []).append(record)
@@ -349,7 +385,7 @@ def figure(
     if number in FIGURES_OF_RUNS:
         optimizers, usual_problems = FIGURES_OF_RUNS[number]
         names = usual_problems if problems is None else problems
-        path = _draw_runs(number, optimizers, names, options)
+        path = _draw_runs(number, optimizers, _distinct("--problems", names), options)
     elif number not in FIGURES_OF_THEORY:
         known = sorted([*FIGURES_OF_RUNS, *FIGURES_OF_THEORY])
         raise UserError(

@@ -43,7 +43,7 @@ def group_size(
     """
     if jax.default_backend() == "cpu":
         flops = _flops(problem, method, settings, _image_shape(dataset))
-        return filling_cores(flops, os.cpu_count() or 1)
+        return filling_cores(flops, _cores())
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:  # The device does not say.
         return max(wanted, 1)
@@ -90,6 +90,13 @@ def fitting_memory(size: int, memory: int, wanted: int) -> int:
     most = max(int(_SHARE_OF_MEMORY * memory / size), 1)
     groups = -(-max(wanted, 1) // most)
     return -(-max(wanted, 1) // groups)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # On Linux.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _image_shape(dataset: Dataset) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def get_method(name: str) -> Method:
             f"Optax has no '{name}'.{question} Expected the path of an optimizer, such"
             " as 'optax.adamw' or 'optax.contrib.muon'."
         ) from None
-    if not _makes_optimizers(factory):
+    if not makes_optimizers(factory, 0.1):
         raise UserError(
             f"'{name}' is no optimizer that needs a learning rate and gradients alone."
             " Expected a path such as 'optax.adamw'."
@@ -105,11 +105,27 @@ def get_method(name: str) -> Method:
     return Method(name, name, factory, 0.1)
 
 
-def _makes_optimizers(factory: Any) -> bool:
-    """Whether it takes a learning rate, and its optimizer nothing but gradients."""
+def makes_optimizers(factory: Any, learning_rate: optax.ScalarOrSchedule) -> bool:
+    """Whether it takes this learning rate, and its optimizer nothing but gradients.
+
+    Args:
+      factory: Anything that Optax holds.
+      learning_rate: A learning rate, or a schedule of it.
+
+    Returns:
+      Whether it is an optimizer's factory.
+
+    Examples:
+      >>> makes_optimizers(optax.rprop, 0.1)
+      True
+      >>> makes_optimizers(optax.rprop, optax.constant_schedule(0.1))
+      False
+      >>> makes_optimizers(optax.clip, 0.1)
+      False
+    """
     try:
         first, *_ = inspect.signature(factory).parameters
-        optimizer = optax.with_extra_args_support(factory(0.1))
+        optimizer = optax.with_extra_args_support(factory(learning_rate))
         params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
         state = jax.eval_shape(optimizer.init, params)
         jax.eval_shape(optimizer.update, params, state, params)

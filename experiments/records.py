@@ -273,9 +273,12 @@ class Store:
 
     def directory(self, config: RunConfig) -> Path:
         """Where the record of this run is, or would be."""
-        identity = digest(config_to_json(config))
-        name = f"rate{config.learning_rate:g}_seed{config.seed}_{identity}"
-        return self.folder(config.problem, config.optimizer) / name
+        return self.folder(config.problem, config.optimizer) / _name(config)
+
+    def optimizers(self, problem: str) -> list[str]:
+        """Names of the methods that have a record on this problem."""
+        found = (self.root / problem).glob("*/rate*/config.json")
+        return sorted({path.parent.parent.name for path in found})
 
     def find(self, config: RunConfig) -> Record | None:
         """The record of this run, if the run is finished."""
@@ -324,20 +327,41 @@ class Store:
             yield
 
 
+def _name(config: RunConfig) -> str:
+    """Name of a record's directory."""
+    identity = digest(config_to_json(config))
+    return f"rate{config.learning_rate:g}_seed{config.seed}_{identity}"
+
+
 def _read_record(directory: Path) -> Record:
     """The record in a directory."""
     try:
         config = json.loads((directory / "config.json").read_text())
         lines = (directory / "evaluations.jsonl").read_text().splitlines()
-        return Record(
+        record = Record(
             config=config_from_json(config),
             evaluations=tuple(
                 measurement_from_json(json.loads(line)) for line in lines
             ),
             environment=json.loads((directory / "environment.json").read_text()),
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _check_finished(record)
+        if _name(record.config) != directory.name:
+            raise ValueError("its config.json belongs to another directory")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"The record in {directory} cannot be read ({error}). Expected the three"
             " files of a finished run; remove the directory to run it again."
         ) from error
+    return record
+
+
+def _check_finished(record: Record) -> None:
+    """Raises unless the run was evaluated when it should be, up to its end."""
+    settings = record.config.settings
+    steps = [line.step for line in record.evaluations]
+    due = list(range(0, settings.steps + 1, settings.evaluation_interval))
+    if not steps or steps != due[: len(steps)]:
+        raise ValueError("its evaluations are not those of config.json")
+    if len(steps) < len(due) and not record.diverged:
+        raise ValueError(f"it ends after step {steps[-1]} of {settings.steps}")

@@ -134,8 +134,16 @@ def percent(mean: float, std: float) -> str:
     Examples:
       >>> percent(0.91987, 0.0021)
       '92.0 ± 0.2 %'
+
+      One run has no deviation, and none no mean.
+
+      >>> percent(0.91987, math.nan), percent(math.nan, math.nan)
+      ('92.0 %', '–')
     """
-    return f"{100 * mean:.1f} ± {100 * std:.1f} %"
+    if math.isnan(mean):
+        return "–"
+    deviation = "" if math.isnan(std) else f" ± {100 * std:.1f}"
+    return f"{100 * mean:.1f}{deviation} %"
 
 
 def accuracy_table(problem: Problem, outcomes: Mapping[str, Outcome]) -> Table:
@@ -183,12 +191,18 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column(f"what {aspect} changes")
     table.add_column("percentage points", justify="right")
+    table.add_column("pairs", justify="right")
     table.add_column("")
     for effect in found:
+        difference, verdict = f"{effect.mean:+.2f}", ""
+        if effect.seeds > 1:
+            difference += f" ± {effect.half_width:.2f}"
+            verdict = "within noise" if effect.within_noise else "beyond seed noise"
         table.add_row(
             effect.comparison,
-            f"{effect.mean:+.2f} ± {effect.half_width:.2f}",
-            "within noise" if effect.within_noise else "beyond seed noise",
+            difference if effect.seeds else "–",
+            str(effect.seeds),
+            verdict,
         )
     return table
 

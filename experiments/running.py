@@ -27,8 +27,8 @@ from experiments.training import (
     initialise,
 )
 
-# Without an evaluation between them, which large problems have seldom.
-_MOST_STEPS = 200
+# Between two calls are progress, checkpoints and Ctrl-C.
+_LONGEST_CALL = 5.0  # Seconds.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,16 +169,27 @@ def _begin(job: Job, method: Method, group: Group, members: Member) -> GroupProg
     return progress
 
 
-def _steps_at_a_time(settings: Settings) -> int:
-    """Steps in one call; between calls are progress, checkpoints and Ctrl-C."""
-    interval = settings.evaluation_interval
-    return interval if interval <= _MOST_STEPS else math.gcd(interval, _MOST_STEPS // 2)
+def steps_of_next_call(steps: int, seconds: float) -> int:
+    """How many steps to take in one call, from what they took in the last one.
+
+    Examples:
+      The first call is slow, since it compiles.
+
+      >>> steps_of_next_call(1, 30.0), steps_of_next_call(1, 0.01)
+      (1, 2)
+      >>> steps_of_next_call(64, 2.0), steps_of_next_call(64, 30.0)
+      (64, 32)
+    """
+    if seconds > _LONGEST_CALL:
+        return max(steps // 2, 1)
+    return 2 * steps if seconds < _LONGEST_CALL / 4 else steps
 
 
 def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
     """Trains a group, from where an earlier process left it, to its records."""
     settings = job.settings
-    piece = _steps_at_a_time(settings)
+    interval = settings.evaluation_interval
+    at_a_time = 1
     members = _members(group)
     with (
         job.monitor.group(title, settings.steps) as report,
@@ -191,19 +202,23 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
         # Nothing is lost yet.
         interrupts.check()
         while progress.step < settings.steps and _alive(progress):
+            called = time.perf_counter()
+            steps = min(at_a_time, interval - progress.step % interval)
             progress.state = advance(
                 job.problem,
                 method,
                 settings,
-                piece,
+                steps,
                 job.dataset,
                 members,
                 progress.state,
             )
-            progress.step += piece
+            progress.step += steps
             jax.block_until_ready(progress.state)
+            seconds = (time.perf_counter() - called) * at_a_time / steps
+            at_a_time = min(steps_of_next_call(at_a_time, seconds), interval)
             progress.seconds = time.perf_counter() - started
-            if progress.step % settings.evaluation_interval == 0:
+            if progress.step % interval == 0:
                 _add_evaluation(job, members, progress, started)
             report(progress.step, [lines[-1] for lines in progress.evaluations])
             due = time.perf_counter() - last_save >= job.checkpoint_seconds

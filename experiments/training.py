@@ -1,4 +1,4 @@
-"""The training loop of every problem: vmapped over runs, scanned over steps, jitted.
+"""The training loop of every problem: vmapped over runs, looped over steps, jitted.
 
 A group of runs of one method differs in step size and seed only and is one program.
 `advance` takes the group some steps on, `evaluate` measures it; between the two lie
@@ -198,32 +198,31 @@ def _train_step(
     return TrainState(state.step + 1, params, optimizer_state)
 
 
-def _scan_body(
+def _loop_body(
     problem: Problem,
     method: Method,
     settings: Settings,
     dataset: Dataset,
     member: Member,
+    _: jax.Array,
     state: TrainState,
-    _: None,
-) -> tuple[TrainState, None]:
-    """One step in the form that `jax.lax.scan` expects."""
-    return _train_step(problem, method, settings, dataset, member, state), None
+) -> TrainState:
+    """One step in the form that `jax.lax.fori_loop` expects."""
+    return _train_step(problem, method, settings, dataset, member, state)
 
 
 def _advance(
     problem: Problem,
     method: Method,
     settings: Settings,
-    steps: int,
+    steps: jax.typing.ArrayLike,
     dataset: Dataset,
     member: Member,
     state: TrainState,
 ) -> TrainState:
     """Some steps of one run."""
-    body = functools.partial(_scan_body, problem, method, settings, dataset, member)
-    state, _ = jax.lax.scan(body, state, None, length=steps)
-    return state
+    body = functools.partial(_loop_body, problem, method, settings, dataset, member)
+    return jax.lax.fori_loop(0, steps, body, state)
 
 
 def _measure(
@@ -373,14 +372,14 @@ def initialise(problem: Problem, method: Method, members: Member) -> TrainState:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("problem", "method", "settings", "steps"),
+    static_argnames=("problem", "method", "settings"),
     donate_argnames=("state",),
 )
 def advance(
     problem: Problem,
     method: Method,
     settings: Settings,
-    steps: int,
+    steps: jax.typing.ArrayLike,
     dataset: Dataset,
     members: Member,
     state: TrainState,
@@ -391,7 +390,7 @@ def advance(
       problem: The test problem.
       method: The optimizer of every member.
       settings: Batch size and L2 strength.
-      steps: Number of steps to take.
+      steps: Number of steps to take; any number is the same program.
       dataset: The data, on the device.
       members: Step sizes and seeds, each `[members]`.
       state: State of the group; its buffers are given away and reused.

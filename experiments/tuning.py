@@ -176,7 +176,7 @@ def select(records: Sequence[Record]) -> Tuned:
 
 
 def _tuning_records(job: Job, method: Method) -> dict[int, Record]:
-    """The tuning runs that are finished, by grid point."""
+    """The finished runs on the grid with the tuning's seed, by grid point."""
     records = job.store.records(job.problem.name, method.name, job.tuning_settings)
     found = {}
     for record in records:
@@ -187,10 +187,21 @@ def _tuning_records(job: Job, method: Method) -> dict[int, Record]:
     return found
 
 
-def _still_missing(method: Method, records: Mapping[int, Record]) -> list[int]:
-    """The grid points that tuning still needs."""
-    stable = {point: is_stable(record) for point, record in records.items()}
-    return missing_points(stable, grid_point(method.first_guess))
+def _search(
+    method: Method, records: Mapping[int, Record]
+) -> tuple[dict[int, Record], list[int]]:
+    """The tuning runs among those that are finished, and the grid points still missing.
+
+    The search takes its own way from the first guess: a run that somebody trained by
+    hand saves time when the search comes by, and never leads it.
+    """
+    first_guess = grid_point(method.first_guess)
+    stable: dict[int, bool] = {}
+    while points := missing_points(stable, first_guess):
+        if missing := [point for point in points if point not in records]:
+            return {point: records[point] for point in stable}, missing
+        stable |= {point: is_stable(records[point]) for point in points}
+    return {point: records[point] for point in stable}, []
 
 
 def tune(job: Job, method: Method) -> Tuned:
@@ -204,14 +215,15 @@ def tune(job: Job, method: Method) -> Tuned:
       The step size that won, and what it won against.
     """
     tuning_job = dataclasses.replace(job, settings=job.tuning_settings)
-    records = _tuning_records(job, method)
-    while points := _still_missing(method, records):
+    while True:
+        records, missing = _search(method, _tuning_records(job, method))
+        if not missing:
+            return select(list(records.values()))
         configs = [
-            tuning_job.config(method, step_size(point), TUNING_SEED) for point in points
+            tuning_job.config(method, step_size(point), TUNING_SEED)
+            for point in missing
         ]
         complete(tuning_job, method, f"{method.label}, tuning", configs)
-        records = _tuning_records(job, method)
-    return select(list(records.values()))
 
 
 def replicate(
@@ -261,8 +273,8 @@ def find_outcome(job: Job, method: Method) -> Outcome | None:
       The outcome with every replication that is finished, or None when tuning is not
       complete or there is no replication.
     """
-    records = _tuning_records(job, method)
-    if not records or _still_missing(method, records):
+    records, missing = _search(method, _tuning_records(job, method))
+    if missing:
         return None
     tuned = select(list(records.values()))
     by_seed = {

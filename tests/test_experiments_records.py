@@ -1,8 +1,10 @@
 """Records: whole or absent, found again, and safe from other processes."""
 
+import dataclasses
 import json
 import math
 import os
+import shutil
 import threading
 
 import pytest
@@ -23,11 +25,16 @@ SETTINGS = Settings(steps=20, batch_size=8, l2=0.1, evaluation_interval=10)
 
 def made_up_record(learning_rate=0.1, seed=0, settings=SETTINGS, last_loss=1.0):
     config = RunConfig("digits", "none", "m_sgd", learning_rate, seed, settings)
-    lines = (
-        Measurement(0, 2.0, 1.9, 2.1, 2.0, 0.1, learning_rate, 0.5),
-        Measurement(10, last_loss, 0.9, 1.1, 1.0, 0.8, learning_rate, 1.5),
-    )
-    return Record(config, lines, {"device": "none"})
+    losses = {step: 2.0 for step in range(0, settings.steps, 10)}
+    lines = [
+        Measurement(step, loss, 1.9, 2.1, 2.0, 0.1, learning_rate, step / 10)
+        for step, loss in (losses | {settings.steps: last_loss}).items()
+    ]
+    return Record(config, tuple(lines), {"device": "none"})
+
+
+def first_lines(text, count):
+    return "".join(text.splitlines(keepends=True)[:count])
 
 
 def die(*_):
@@ -47,7 +54,7 @@ def test_value_that_is_not_finite_is_null(tmp_path):
     store.write(record)
     text = (store.directory(record.config) / "evaluations.jsonl").read_text()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
-    assert [line["training_loss"] for line in lines] == [2.0, None]
+    assert [line["training_loss"] for line in lines] == [2.0, 2.0, None]
     found = store.find(record.config)
     assert found is not None
     assert found.diverged
@@ -100,13 +107,66 @@ def test_draft_of_a_killed_process_is_no_record(tmp_path, monkeypatch):
     assert store.find(record.config) == record
 
 
-def test_damaged_record_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("evaluations.jsonl", lambda text: text[: len(text) // 2], "char"),
+        ("evaluations.jsonl", lambda text: "", "not those of config.json"),
+        ("evaluations.jsonl", lambda text: "5\n", "int"),
+        # Lines that are whole, but not all of them.
+        ("evaluations.jsonl", lambda text: first_lines(text, 1), "after step 0 of 20"),
+        ("evaluations.jsonl", lambda text: first_lines(text, 2), "after step 10 of 20"),
+        (
+            "evaluations.jsonl",
+            lambda text: text[text.index("\n") + 1 :],
+            "not those of",
+        ),
+        ("config.json", lambda text: text.replace("20", "10"), "not those of"),
+        (
+            "config.json",
+            lambda text: text.replace("0.1", "0.2", 1),
+            "another directory",
+        ),
+        ("config.json", lambda text: text.replace(": 10", ": 0"), "must divide"),
+        ("config.json", lambda text: text.replace("0.1", '"x"', 1), "code 'g'"),
+        ("environment.json", lambda text: "", "Expecting value"),
+    ],
+)
+def test_damaged_record_is_named(tmp_path, file, damage, reason):
     store, record = Store(tmp_path), made_up_record()
     store.write(record)
     directory = store.directory(record.config)
-    (directory / "evaluations.jsonl").write_text('{"step": 0, "trai')
-    with pytest.raises(UserError, match=f"{directory} cannot be read.*remove"):
+    text = (directory / file).read_text()
+    assert damage(text) != text
+    (directory / file).write_text(damage(text))
+    with pytest.raises(
+        UserError, match=f"{directory} cannot be read.*{reason}.*remove"
+    ):
         store.find(record.config)
+    with pytest.raises(UserError, match="cannot be read"):
+        store.records("digits", "m_sgd", SETTINGS)
+
+
+def test_copy_of_a_record_is_no_second_one(tmp_path):
+    store, record = Store(tmp_path), made_up_record()
+    store.write(record)
+    directory = store.directory(record.config)
+    shutil.copytree(directory, directory.with_name(directory.name + " (copy)"))
+    with pytest.raises(UserError, match="another directory"):
+        store.records("digits", "m_sgd", SETTINGS)
+
+
+def test_run_that_diverged_is_finished(tmp_path):
+    store, record = Store(tmp_path), made_up_record(last_loss=math.nan)
+    early = dataclasses.replace(
+        record,
+        evaluations=(
+            record.evaluations[0],
+            dataclasses.replace(record.evaluations[1], training_loss=math.nan),
+        ),
+    )
+    store.write(early)
+    assert store.find(record.config).diverged
 
 
 def test_atomic_file_is_replaced_whole(tmp_path):

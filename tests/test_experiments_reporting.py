@@ -4,25 +4,31 @@ import math
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from experiments.figures import training_curves
+from experiments.figures.style import color, colors, save
 from experiments.methods import get_method
 from experiments.problems import Settings, get_problem
 from experiments.records import Measurement, Record, RunConfig
-from experiments.reporting import accuracy_table, mean_and_std, paired_effect
+from experiments.reporting import (
+    accuracy_table,
+    effect_table,
+    mean_and_std,
+    paired_effect,
+)
 from experiments.tuning import Outcome, Tuned
 
 SETTINGS = Settings(steps=20, batch_size=8, l2=0.1, evaluation_interval=10)
 
 
-def made_up_record(losses, seed=1, learning_rate=0.1, accuracy=0.5):
+def made_up_record(losses, seed=1, learning_rate=0.1, accuracy=0.5, method="m_sgd"):
+    """A run whose test loss is half a unit above its training loss."""
     lines = [
-        Measurement(10 * i, loss, loss, loss, loss, accuracy, learning_rate, 0.0)
+        Measurement(10 * i, loss, 0, loss + 0.5, 0, accuracy, learning_rate, 0.0)
         for i, loss in enumerate(losses)
     ]
-    config = RunConfig("mnist", "none", "m_sgd", learning_rate, seed, SETTINGS)
+    config = RunConfig("mnist", "none", method, learning_rate, seed, SETTINGS)
     return Record(config, tuple(lines), {})
 
 
@@ -31,19 +37,28 @@ FINISHED += [made_up_record((3.0, 2.0, 2.0), seed=2, accuracy=0.6)]
 DIVERGED = made_up_record((3.0, math.nan), seed=3)
 
 
-def drawn_lines(monkeypatch, tmp_path, lines):
-    """What a figure of one problem draws: label, values and opacity."""
-    drawn = []
-    plot = Axes.plot
+def drawn(monkeypatch, tmp_path, columns):
+    """The figure that is drawn of these lines."""
+    figures = []
 
-    def noted(axes, steps, values, **style):
-        drawn.append((style["label"], list(values), style["alpha"]))
-        return plot(axes, steps, values, **style)
+    def kept(figure, path):
+        figures.append(figure)
+        return save(figure, path)
 
-    monkeypatch.setattr(Axes, "plot", noted)
-    path = training_curves.draw({"MNIST": lines}, tmp_path / "figure.png")
+    monkeypatch.setattr("experiments.figures.training_curves.save", kept)
+    path = training_curves.draw(columns, tmp_path / "figure.png")
     assert imread(path).std() > 0.02
-    return drawn[: len(lines)]  # The same again for the test loss.
+    (figure,) = figures
+    return figure
+
+
+def notes_in(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def legend_of(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def row_of(replications):
@@ -54,30 +69,79 @@ def row_of(replications):
     return [next(iter(column.cells)) for column in table.columns]
 
 
-def test_diverged_replication_leaves_the_others_in_the_figure(tmp_path, monkeypatch):
-    lines = {"M-SGD": [*FINISHED, DIVERGED]}
-    ((label, values, _),) = drawn_lines(monkeypatch, tmp_path, lines)
-    assert label == "M-SGD (1 of 3 diverged)"
-    assert values == [3.0, 2.0, 1.5]
+def test_figure_shows_mean_and_deviation_of_both_losses(tmp_path, monkeypatch):
+    adam = [made_up_record((3.0, 2.5, 2.25), method="adam")]
+    lines = {"M-SGD": [*FINISHED, DIVERGED], "ADAM": adam}
+    figure = drawn(monkeypatch, tmp_path, {"MNIST": lines})
+    for axes, above in zip(figure.axes, (0.0, 0.5), strict=True):
+        by_label = {line.get_label(): line for line in axes.lines}
+        mean = np.array([3.0, 2.0, 1.5])
+        steps, values = by_label["M-SGD"].get_data()
+        np.testing.assert_array_equal(steps, [0, 10, 20])
+        np.testing.assert_allclose(values, mean + above)
+        np.testing.assert_allclose(
+            by_label["ADAM"].get_ydata(), np.array([3.0, 2.5, 2.25]) + above
+        )
+        assert by_label["M-SGD"].get_color() == color("m_sgd")
+        assert by_label["ADAM"].get_color() == color("adam")
+        # One run has no deviation; the other's last two are 1 and 2.
+        (band,) = axes.collections
+        outline = band.get_paths()[0].vertices
+        at_end = outline[outline[:, 0] == 20, 1]
+        assert at_end.min() == pytest.approx(1.5 + above - math.sqrt(0.5))
+        assert at_end.max() == pytest.approx(1.5 + above + math.sqrt(0.5))
+
+
+def test_diverged_runs_are_named_in_their_column(tmp_path, monkeypatch):
+    columns = {
+        "MNIST": {"M-SGD": FINISHED},
+        "CIFAR-10": {"M-SGD": [*FINISHED, DIVERGED], "SGD": [DIVERGED]},
+    }
+    figure = drawn(monkeypatch, tmp_path, columns)
+    mnist, cifar10 = figure.axes[:2]
+    assert notes_in(mnist) == []
+    expected = "M-SGD: 1 of 3 diverged\nSGD: 1 of 1 diverged"
+    assert notes_in(cifar10) == [expected]
+    assert legend_of(figure) == ["M-SGD", "SGD"]
 
 
 def test_figure_of_runs_that_all_diverged_ends_where_they_did(tmp_path, monkeypatch):
-    ((label, values, _),) = drawn_lines(monkeypatch, tmp_path, {"M-SGD": [DIVERGED]})
-    assert label == "M-SGD (1 of 1 diverged)"
-    assert values[0] == 3.0
-    assert math.isnan(values[1])
+    figure = drawn(monkeypatch, tmp_path, {"MNIST": {"M-SGD": [DIVERGED]}})
+    first, second = figure.axes[0].lines[0].get_ydata()
+    assert first == 3.0
+    assert math.isnan(second)
 
 
 def test_step_sizes_of_a_method_can_be_told_apart(tmp_path, monkeypatch):
     lines = {f"M-SGD, {rate}": [made_up_record((3.0, 2.0), 1, rate)] for rate in (1, 2)}
-    drawn = drawn_lines(monkeypatch, tmp_path, lines)
-    assert [opacity for *_, opacity in drawn] == [0.5, 1.0]
+    figure = drawn(monkeypatch, tmp_path, {"MNIST": lines})
+    assert [line.get_alpha() for line in figure.axes[0].lines] == [0.5, 1.0]
+
+
+def test_methods_of_other_libraries_can_be_told_apart():
+    found = colors(["optax.lion", "m_sgd", "optax.adamw", "optax.lion"])
+    assert len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize("astray", [1e2, 1e9, 1e30])
+def test_axis_has_ticks_whatever_went_astray(tmp_path, monkeypatch, astray):
+    lines = {
+        "M-SGD": FINISHED,
+        "SGD": [made_up_record((3.0, astray, 1e-5), method="sgd")],
+    }
+    figure = drawn(monkeypatch, tmp_path, {"MNIST": lines})
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert high <= 7.0  # Twice the loss of the untrained network.
+        ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert len(ticks) >= 2
 
 
 def test_diverged_replication_is_counted_apart_in_the_table():
     assert row_of(FINISHED)[1::4] == ["70.0 ± 14.1 %", "2"]
     assert row_of([*FINISHED, DIVERGED])[1::4] == ["70.0 ± 14.1 %", "3, 1 diverged"]
-    assert row_of([DIVERGED])[1::4] == ["nan ± nan %", "1, 1 diverged"]
+    assert row_of([DIVERGED])[1::4] == ["–", "1, 1 diverged"]
+    assert row_of(FINISHED[:1])[1::4] == ["80.0 %", "1"]
 
 
 def test_pair_with_a_diverged_run_is_left_out_of_an_effect():
@@ -88,7 +152,14 @@ def test_pair_with_a_diverged_run_is_left_out_of_an_effect():
     assert effect.mean == pytest.approx(15.0)
     nothing = paired_effect("b − a", {1: math.nan}, {1: 0.5})
     assert nothing.seeds == 0
-    assert nothing.within_noise
+    single = paired_effect("b − a", {1: 0.5}, {1: 0.6})
+    cells = [
+        list(column.cells)
+        for column in effect_table("it", [effect, nothing, single]).columns
+    ]
+    assert cells[1] == ["+15.00 ± 63.53", "–", "+10.00"]
+    assert cells[2] == ["2", "0", "1"]
+    assert cells[3] == ["within noise", "", ""]
 
 
 def test_deviation_has_n_minus_one_below():

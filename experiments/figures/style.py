@@ -1,6 +1,7 @@
 """How all figures look: one colour per method, everywhere the same."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ _COLORS = {
     "ssd": "#E69F00",
     "svag": "#009E73",
 }
-_OTHER_COLOR = "#777777"
+# For all others, Optax's for example, in the order in which a figure names them.
+_OTHER_COLORS = ("#777777", "#882255", "#999933", "#332288", "#661100", "#44AA99")
 
 # Inches; a README shows about 900 pixels, a column of text is as wide.
 WIDTH = 7.2
@@ -55,6 +57,8 @@ _STYLE: dict[Any, Any] = {
 
 
 _NOT_ADAPTED = ("m_sgd", "m_ssd", "sgd", "ssd")
+# They have the colours of those with momentum.
+_WITHOUT_MOMENTUM = ("sgd", "ssd", "svag")
 
 
 def line_style(method: str) -> str:
@@ -62,9 +66,23 @@ def line_style(method: str) -> str:
     return "--" if method in _NOT_ADAPTED else "-"
 
 
+def line_width(method: str) -> float:
+    """Line width of a method beside others, by its name on the command line."""
+    return 0.8 if method in _WITHOUT_MOMENTUM else 1.6
+
+
 def color(method: str) -> str:
-    """Colour of a method, by its name on the command line."""
-    return _COLORS.get(method, _OTHER_COLOR)
+    """Colour of a method of this library, by its name on the command line."""
+    return _COLORS[method]
+
+
+def colors(methods: Iterable[str]) -> dict[str, str]:
+    """Colours of all methods in a figure, by their names on the command line."""
+    others = itertools.cycle(_OTHER_COLORS)
+    return {
+        name: _COLORS[name] if name in _COLORS else next(others)
+        for name in dict.fromkeys(methods)
+    }
 
 
 @contextmanager

@@ -1,15 +1,24 @@
 """Figures 3, 6 and 7: training and test loss over steps, one column per problem."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from experiments.figures.style import WIDTH, color, line_style, save, style
+from experiments.figures.style import (
+    WIDTH,
+    colors,
+    line_style,
+    line_width,
+    save,
+    style,
+)
 from experiments.records import Record
 
 _LEGEND_COLUMNS = 4
@@ -27,12 +36,11 @@ def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.nd
     return steps, values
 
 
-def _opacities(lines: Mapping[str, Sequence[Record]]) -> dict[str, float]:
+def _opacities(method_of: Mapping[str, str]) -> dict[str, float]:
     """How strongly a line is drawn: among those of one method, each more than the last.
 
     Methods have a colour each; this tells their step sizes apart.
     """
-    method_of = {label: records[0].config.optimizer for label, records in lines.items()}
     totals = Counter(method_of.values())
     counts: Counter[str] = Counter()
     opacities = {}
@@ -43,23 +51,25 @@ def _opacities(lines: Mapping[str, Sequence[Record]]) -> dict[str, float]:
 
 
 def _draw_band(
-    axes: Axes, label: str, records: Sequence[Record], quantity: str, opacity: float
+    axes: Axes,
+    label: str,
+    records: Sequence[Record],
+    quantity: str,
+    shade: str,
+    opacity: float,
 ) -> None:
-    """Mean of one method, shaded by one standard deviation."""
-    # One that diverged would take the mean with it; the label says how many did.
+    """Mean of the runs that did not diverge, shaded by one standard deviation."""
     finished = [record for record in records if not record.diverged]
-    if len(finished) < len(records):
-        label += f" ({len(records) - len(finished)} of {len(records)} diverged)"
     steps, values = _curves(finished or records, quantity)
     mean = values.mean(axis=0)
     method = records[0].config.optimizer
-    shade = color(method)
     axes.plot(
         steps,
         mean,
         color=shade,
-        linestyle=line_style(method),
         alpha=opacity,
+        linestyle=line_style(method),
+        linewidth=line_width(method),
         label=label,
     )
     if len(values) > 1:
@@ -74,12 +84,44 @@ def _draw_band(
         )
 
 
+def _cut_off_what_went_astray(
+    axes: Axes, lines: Mapping[str, Sequence[Record]], quantity: str
+) -> None:
+    """Ends the axis at twice the loss of untrained networks, for the other lines."""
+    untrained = max(
+        getattr(record.evaluations[0], quantity)
+        for records in lines.values()
+        for record in records
+    )
+    if axes.get_ylim()[1] > 2 * untrained:
+        axes.set_ylim(top=2 * untrained)
+
+
 def _use_plain_log_scale(axes: Axes) -> None:
     """A logarithmic axis whose ticks read 0.2, 0.5, 1, 2."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    # Over many decades the locator has ticks at powers of ten or none.
+    subs = (1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _note_diverged(axes: Axes, lines: Mapping[str, Sequence[Record]]) -> None:
+    """Says which runs are in no mean."""
+    notes = []
+    for label, records in lines.items():
+        if diverged := sum(record.diverged for record in records):
+            notes.append(f"{label}: {diverged} of {len(records)} diverged")
+    if notes:
+        axes.text(
+            *(0.98, 0.98, "\n".join(notes)),
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize="x-small",
+        )
 
 
 def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> Path:
@@ -93,28 +135,47 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
     Returns:
       The path.
     """
+    method_of = {
+        label: records[0].config.optimizer
+        for lines in columns.values()
+        for label, records in lines.items()
+    }
+    shades = colors(method_of.values())
+    opacities = _opacities(method_of)
+    legend_columns = min(len(method_of), _LEGEND_COLUMNS)
+    legend_rows = math.ceil(len(method_of) / legend_columns)
     with style():
-        figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+        size = (WIDTH, 5.0 + 0.2 * (legend_rows - 1))
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
+        handles: dict[str, Artist] = {}
         for column, (title, lines) in enumerate(columns.items()):
-            opacities = _opacities(lines)
             for row, quantity in enumerate(("training_loss", "test_loss")):
                 for label, records in lines.items():
+                    shade = shades[method_of[label]]
                     _draw_band(
-                        axes[row, column], label, records, quantity, opacities[label]
+                        axes[row, column],
+                        label,
+                        records,
+                        quantity,
+                        shade,
+                        opacities[label],
                     )
+                _cut_off_what_went_astray(axes[row, column], lines, quantity)
                 _use_plain_log_scale(axes[row, column])
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.01)
             axes[1, column].set_xlabel("step")
+            _note_diverged(axes[0, column], lines)
+            found, labels = axes[0, column].get_legend_handles_labels()
+            handles |= dict(zip(labels, found, strict=True))
         axes[0, 0].set_ylabel("training loss")
         axes[1, 0].set_ylabel("test loss")
         figure.align_ylabels()
-        handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(
-            handles,
-            labels,
+            handles.values(),
+            handles.keys(),
             loc="outside upper center",
-            ncols=min(len(labels), _LEGEND_COLUMNS),
+            ncols=legend_columns,
         )
         return save(figure, path)

@@ -34,7 +34,7 @@ class Settings:
     images: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps % self.evaluation_interval:
+        if self.evaluation_interval < 1 or self.steps % self.evaluation_interval:
             raise ValueError(
                 "`evaluation_interval` must divide `steps` so that the last step is"
                 f" evaluated, got {self.evaluation_interval} and {self.steps}."
