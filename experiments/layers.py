@@ -5,7 +5,7 @@ On accelerators both are XLA's own operations. On CPUs those are slow in parts, 
 1. the maximum over windows is a running maximum of shifted slices, along one axis
    after the other, and
 2. a convolution is a product: shifted slices side by side, which are the patches,
-   times the kernel. Inside a `scan`, where the training loop needs it, XLA's own takes
+   times the kernel. Inside a compiled loop, where training needs it, XLA's own takes
    fifteen times as long as outside (All-CNN-C, JAX 0.10.2); the product does not. The
    patches repeat a pixel once per kernel entry: memory is the price.
 

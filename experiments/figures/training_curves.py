@@ -46,7 +46,7 @@ def _opacities(method_of: Mapping[str, str]) -> dict[str, float]:
     opacities = {}
     for label, method in method_of.items():
         counts[method] += 1
-        opacities[label] = counts[method] / totals[method]
+        opacities[label] = 0.2 + 0.8 * counts[method] / totals[method]
     return opacities
 
 
@@ -94,12 +94,12 @@ def _cut_off_what_went_astray(
         for record in records
     )
     if axes.get_ylim()[1] > 2 * untrained:
-        axes.set_ylim(top=2 * untrained)
+        lowest = min(np.nanmin(line.get_ydata()) for line in axes.lines)
+        axes.set_ylim(0.8 * lowest, 2 * untrained)
 
 
-def _use_plain_log_scale(axes: Axes) -> None:
-    """A logarithmic axis whose ticks read 0.2, 0.5, 1, 2."""
-    axes.set_yscale("log")
+def _use_plain_ticks(axes: Axes) -> None:
+    """Ticks of a logarithmic axis that read 0.2, 0.5, 1, 2."""
     low, high = axes.get_ylim()
     # Over many decades the locator has ticks at powers of ten or none.
     subs = (1.0, 2.0, 5.0) if high < 1e3 * low else (1.0,)
@@ -161,8 +161,9 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
                         shade,
                         opacities[label],
                     )
+                axes[row, column].set_yscale("log")
                 _cut_off_what_went_astray(axes[row, column], lines, quantity)
-                _use_plain_log_scale(axes[row, column])
+                _use_plain_ticks(axes[row, column])
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.01)
             axes[1, column].set_xlabel("step")
