@@ -3,11 +3,15 @@
 import os
 import sys
 
+from experiments import interrupts
+
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
     try:
-        from experiments import command_line
+        # JAX's own callbacks would lose one that arrives in them.
+        with interrupts.noted():
+            from experiments import command_line
     except KeyboardInterrupt:
         print("\nInterrupted before anything began.", file=sys.stderr)
         return 130

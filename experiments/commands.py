@@ -36,7 +36,7 @@ from experiments.records import (
 )
 from experiments.running import Job, complete
 from experiments.studies import catalogue, illustrations
-from experiments.tuning import Outcome, find_outcome, outcome, replicate, tune
+from experiments.tuning import Outcome, find_outcome, outcomes, replicate, tune
 
 _SINGLE = np.finfo(np.float32)
 _LARGEST_SEED = 2**32 - 1
@@ -168,7 +168,15 @@ def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
     methods = [
         _method(job.problem, name) for name in _distinct("--optimizers", optimizers)
     ]
-    return {method.name: outcome(job, method) for method in methods}
+    return outcomes(job, methods)
+
+
+def _recorded_methods(job: Job) -> list[str]:
+    """Methods that have records, this library's first, in the order of its list."""
+    found = job.store.optimizers(job.problem.name)
+    return [name for name in METHODS if name in found] + [
+        name for name in found if name not in METHODS
+    ]
 
 
 def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
@@ -180,6 +188,8 @@ def _print_results(job: Job, outcomes: dict[str, Outcome]) -> None:
     """The accuracy table, and the two effects with what they mean."""
     # A row of Markdown must not be broken, however narrow the terminal.
     console = Console(width=_WIDTH)
+    if job.settings == job.problem.smoke:
+        console.print("A test of the code: after so few steps numbers mean nothing.")
     console.print(reporting.accuracy_table(job.problem, outcomes))
     for aspect, comparisons in (
         ("the sign", reporting.SIGN_COMPARISONS),
@@ -231,7 +241,7 @@ def train(
         raise UserError(f"`--seed` must lie in [0, {_LARGEST_SEED}], got {seed}.")
     config = job.config(method, learning_rate, seed)
     title = f"{method.label}, step size {learning_rate:g}, seed {seed}"
-    (record,) = complete(job, method, title, [config])
+    (record,) = complete(job, method, method.label, [config])
     last = record.evaluations[-1]
     if record.diverged:
         outcome_text = f"diverged before step {last.step}"
@@ -295,19 +305,19 @@ def reproduce(
             tuned.learning_rate,
             seeds or (2 if options.smoke else 10),
         )
-    outcomes = _outcomes(job, optimizers)
-    _print_results(job, outcomes)
+    found = _outcomes(job, optimizers)
+    _print_results(job, found)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
     # Of every method that is complete, so that one command does not undo another's.
-    complete_outcomes = outcomes | {
-        name: found
-        for name in job.store.optimizers(problem)
-        if (found := find_outcome(job, get_method(name)))
+    complete_outcomes = {
+        name: outcome
+        for name in _recorded_methods(job)
+        if (outcome := find_outcome(job, get_method(name)))
     }
     write_atomically(summary, to_text(reporting.summary(job, complete_outcomes)))
     name = "figure_3" if tuple(optimizers) == FOUR_METHODS else "_".join(optimizers)
     path = training_curves.draw(
-        {job.problem.title: _replications(outcomes)},
+        {job.problem.title: _replications(found)},
         _figure_path(f"{name}_{problem}", options),
     )
     print(f"Summary: {summary}")
@@ -337,32 +347,37 @@ def table(
 def curves(
     problem: _ProblemName,
     *,
-    optimizers: tuple[str, ...] = FOUR_METHODS,
+    optimizers: tuple[str, ...] | None = None,
     options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
-    """Draw and collect the losses of every record, tuned or not.
+    """Draw and collect the losses of every record with these settings, tuned or not.
 
     Args:
       problem: The test problem.
-      optimizers: The methods.
+      optimizers: The methods; all that have records unless told otherwise.
       options: What every command understands.
     """
     job = _job(problem, options)
     records: dict[str, list[Record]] = {}
-    for method in map(get_method, _distinct("--optimizers", optimizers)):
+    names: Sequence[str] = _recorded_methods(job)
+    file_name = "curves"
+    if optimizers is not None:
+        names = _distinct("--optimizers", optimizers)
+        file_name = "_".join(["curves", *names])
+    for method in map(get_method, names):
         for record in job.store.records(problem, method.name, job.settings):
             label = f"{method.label}, {record.config.learning_rate:g}"
             records.setdefault(label, []).append(record)
     if not records:
         raise UserError(
-            f"{job.store.root} holds no record of {', '.join(optimizers)} on {problem}"
-            f" with {job.settings.steps} steps. Run `python -m experiments train"
-            f" {problem}` with the same options first."
+            f"{job.store.root} holds no record of {', '.join(names) or 'any method'} on"
+            f" {problem} with {job.settings.steps} steps. Run `python -m experiments"
+            f" train {problem}` with the same options first."
         )
-    summary = options.runs_dir / problem / f"curves{_suffix(options)}.json"
+    summary = options.runs_dir / problem / f"{file_name}{_suffix(options)}.json"
     runs = [record_to_json(run) for line in records.values() for run in line]
     write_atomically(summary, to_text(runs))
-    path = _figure_path(f"curves_{problem}", options)
+    path = _figure_path(f"{file_name}_{problem}", options)
     training_curves.draw({job.problem.title: records}, path)
     print(f"Summary: {summary}")
     print(f"Figure:  {path}")

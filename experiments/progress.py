@@ -92,8 +92,9 @@ class GroupReport:
         if alive:
             loss = min(line.training_loss for line in alive)
             accuracy = max(line.test_accuracy for line in alive)
-            best = f"loss {loss:.3g}, acc. {accuracy:.1%}"
+            best = "best " if len(newest) > 1 else ""
+            best += f"loss {loss:.3g}, acc. {accuracy:.1%}"
         rate = (step - self._first_step) / (time.perf_counter() - self._start)
         self._bar.update(self._task, completed=step, rate=f"{rate:.3g}", news=best)
         runs = "1 run" if len(newest) == 1 else f"{len(newest)} runs"
-        self.news = f"{runs}, {len(newest) - len(alive)} diverged; best {best}"
+        self.news = f"{runs}, {len(newest) - len(alive)} diverged; {best}"

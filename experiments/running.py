@@ -127,6 +127,18 @@ def _members(group: Group) -> Member:
     )
 
 
+def _range_of(group: Group) -> str:
+    """Which step sizes and seeds a group has, in a few words."""
+    rates = [config.learning_rate for config in group.configs]
+    seeds = [config.seed for config in group.configs]
+    sizes = f"step size {rates[0]:g}"
+    if min(rates) < max(rates):
+        sizes = f"step sizes {min(rates):g} to {max(rates):g}"
+    if min(seeds) < max(seeds):
+        return f"{sizes}, seeds {min(seeds)} to {max(seeds)}"
+    return f"{sizes}, seed {seeds[0]}"
+
+
 def _alive(progress: GroupProgress) -> list[int]:
     """The members that have not diverged."""
     return [
@@ -273,6 +285,6 @@ def complete(
         if missing:
             job.load_data()
         for group in _groups(job, method, missing):
-            _run_group(job, method, title, group)
+            _run_group(job, method, f"{title}, {_range_of(group)}", group)
     found = [store.find(config) for config in configs]
     return [record for record in found if record is not None]

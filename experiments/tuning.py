@@ -244,7 +244,7 @@ def replicate(
         job.config(method, learning_rate, FIRST_REPLICATION_SEED + index)
         for index in range(seeds)
     ]
-    return complete(job, method, f"{method.label}, seeds", configs)
+    return complete(job, method, method.label, configs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,25 +289,27 @@ def find_outcome(job: Job, method: Method) -> Outcome | None:
     return Outcome(method, tuned, tuple(replications)) if replications else None
 
 
-def outcome(job: Job, method: Method) -> Outcome:
-    """The outcome for one method, from records alone.
+def outcomes(job: Job, methods: Sequence[Method]) -> dict[str, Outcome]:
+    """The outcomes of some methods, from records alone.
 
     Args:
       job: Problem, settings and store.
-      method: The method.
+      methods: The methods.
 
     Returns:
-      The outcome, with every replication that is finished.
+      By the method's name, its outcome with every replication that is finished.
 
     Raises:
       UserError: Tuning or replications are missing.
     """
-    found = find_outcome(job, method)
-    if found is None:
+    found = {method.name: find_outcome(job, method) for method in methods}
+    if missing := [method for method in methods if found[method.name] is None]:
         problem = job.problem.name
         raise UserError(
-            f"{job.store.root} holds no complete record of {method.label} on"
-            f" {problem}. Run `python -m experiments reproduce {problem} --optimizers"
-            f" {method.name}` with the same options first."
+            f"{job.store.root} holds no complete record of"
+            f" {', '.join(method.label for method in missing)} on {problem}. Run"
+            f" `python -m experiments reproduce {problem} --optimizers"
+            f" {' '.join(method.name for method in missing)}` with the same options"
+            " first."
         )
-    return found
+    return {name: outcome for name, outcome in found.items() if outcome is not None}

@@ -391,11 +391,11 @@ CHECKPOINT_FILES = ("measured/metadata", "state/ocdbt.process_0/d/*")
     ("moment", "last_checkpoints"),
     [
         # Before anything of the first checkpoint is written.
-        ("digits/m_svag/unfinished/*/group.json", (0, 1)),
+        ("digits/m_svag/unfinished/*/group.json", (0, 20)),
         # While one is written.
-        (f"{CHECKPOINTS}/60*tmp*", (40, 60)),
+        (f"{CHECKPOINTS}/60*tmp*", (40, 80)),
         # While steps are taken, or the next one is written.
-        (f"{CHECKPOINTS}/200", (200, 220)),
+        (f"{CHECKPOINTS}/200", (200, 240)),
     ],
 )
 def test_killed_run_goes_on_and_ends_with_the_same_record(
@@ -410,7 +410,8 @@ def test_killed_run_goes_on_and_ends_with_the_same_record(
     assert not list(runs.glob("digits/m_svag/rate*"))
     whole = [p for p in runs.glob(f"{CHECKPOINTS}/*") if p.name.isdigit()]
     last_checkpoint = max((int(path.name) for path in whole), default=0)
-    assert last_checkpoint in last_checkpoints
+    earliest, latest = last_checkpoints
+    assert earliest <= last_checkpoint <= latest
 
     # The rest in this process; it must not begin again.
     first_steps = []
@@ -483,8 +484,10 @@ def test_damaged_checkpoint_is_named(file, tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     (record,) = tmp_path.glob("digits/m_svag/rate*")
     shutil.rmtree(record)
-    (damaged, *_) = tmp_path.glob(f"digits/m_svag/unfinished/*/{file}")
-    os.truncate(damaged, 3)
+    damaged = list(tmp_path.glob(f"digits/m_svag/unfinished/*/{file}"))
+    assert damaged
+    for path in damaged:
+        os.truncate(path, 3)
     capsys.readouterr()
     assert main(command) == 2
     assert "Remove that directory to begin these runs again" in capsys.readouterr().err

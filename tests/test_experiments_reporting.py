@@ -113,10 +113,12 @@ def test_figure_of_runs_that_all_diverged_ends_where_they_did(tmp_path, monkeypa
 
 
 def test_step_sizes_of_a_method_can_be_told_apart(tmp_path, monkeypatch):
-    lines = {f"M-SGD, {rate}": [made_up_record((3.0, 2.0), 1, rate)] for rate in (1, 2)}
+    lines = {
+        f"M-SGD, {rate}": [made_up_record((3.0, 2.0), 1, rate)] for rate in range(1, 12)
+    }
     figure = drawn(monkeypatch, tmp_path, {"MNIST": lines})
     opacities = [line.get_alpha() for line in figure.axes[0].lines]
-    assert opacities == pytest.approx([0.6, 1.0])
+    assert opacities == pytest.approx(np.linspace(0.2, 1, 12)[1:])
 
 
 def test_methods_of_other_libraries_can_be_told_apart():

@@ -9,7 +9,12 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import (
+    FormatStrFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 
 from experiments.figures.style import (
     WIDTH,
@@ -46,7 +51,7 @@ def _opacities(method_of: Mapping[str, str]) -> dict[str, float]:
     opacities = {}
     for label, method in method_of.items():
         counts[method] += 1
-        opacities[label] = 0.2 + 0.8 * counts[method] / totals[method]
+        opacities[label] = 1 - 0.8 * (1 - counts[method] / totals[method])
     return opacities
 
 
@@ -121,6 +126,7 @@ def _note_diverged(axes: Axes, lines: Mapping[str, Sequence[Record]]) -> None:
             ha="right",
             va="top",
             fontsize="x-small",
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
         )
 
 
@@ -167,6 +173,7 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.01)
             axes[1, column].set_xlabel("step")
+            axes[1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
             _note_diverged(axes[0, column], lines)
             found, labels = axes[0, column].get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
