@@ -17,7 +17,7 @@ has to be downloaded.
     python -m benchmarks.training --problems mnist --members 10 (a vmapped group, too)
     python -m benchmarks.training --smoke            (in seconds, and writes nothing)
 
-MNIST and CIFAR-10 beside PyTorch take four minutes on two CPU cores.
+All three problems beside PyTorch take seven minutes on two CPU cores.
 """
 
 import argparse
