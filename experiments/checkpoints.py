@@ -20,8 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from experiments.errors import UserError
+from experiments.errors import UserError, first_line
 from experiments.records import (
     Measurement,
     RunConfig,
@@ -45,10 +47,12 @@ class Group:
     Attributes:
       configs: The runs.
       size: Members of the program; copies of the last run fill empty places.
+      data: What tells the data they are trained on from others.
     """
 
     configs: tuple[RunConfig, ...]
     size: int
+    data: str
 
 
 @dataclasses.dataclass
@@ -83,7 +87,7 @@ def _write_group(store: Store, group: Group) -> None:
     configs = [config_to_json(config) for config in group.configs]
     write_atomically(
         _folder(store, group) / "group.json",
-        to_text({"size": group.size, "configs": configs}),
+        to_text({"size": group.size, "data": group.data, "configs": configs}),
     )
 
 
@@ -107,7 +111,7 @@ def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]
         with _damage_named(path.parent):
             content = json.loads(path.read_text())
             configs = tuple(config_from_json(config) for config in content["configs"])
-            groups.append(Group(configs, content["size"]))
+            groups.append(Group(configs, content["size"], content["data"]))
     return groups
 
 
@@ -129,7 +133,11 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
     evaluations: Sequence[list[dict[str, float | None]]] = [
         [measurement_to_json(line) for line in lines] for lines in progress.evaluations
     ]
-    measured = {"seconds": progress.seconds, "evaluations": evaluations}
+    measured = {
+        "seconds": progress.seconds,
+        "evaluations": evaluations,
+        "layout": _layout(progress.state),
+    }
     folder = (_folder(store, group) / "checkpoints").absolute()
     with (
         naming(folder),
@@ -145,7 +153,7 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
         manager.save(
             progress.step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_by_position(progress.state)),
+                state=ocp.args.StandardSave({"bytes": _to_bytes(progress.state)}),
                 measured=ocp.args.JsonSave(measured),
             ),
         )
@@ -169,9 +177,48 @@ def _full_disk_named() -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
-def _by_position(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a state as a flat tree; what they mean is in the template."""
-    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+def _layout(state: TrainState) -> list[str]:
+    """Types and shapes of a state, in the order of its bytes."""
+    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state)]
+
+
+def _to_bytes(state: TrainState) -> np.ndarray:
+    """All of a state in one array.
+
+    Orbax reads several arrays at a time, and where one is damaged it leaves the others
+    half read, to be heard of later; and it saves no empty array.
+    """
+    parts = [_numbers(leaf) for leaf in jax.tree.leaves(state)]
+    return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+
+
+def _from_bytes(content: np.ndarray, template: TrainState) -> TrainState:
+    """The inverse of `_to_bytes`."""
+    leaves, structure = jax.tree.flatten(template)
+    numbers = [_numbers(leaf) for leaf in leaves]
+    ends = np.cumsum([part.nbytes for part in numbers])
+    restored = [
+        _with_numbers(leaf, part.view(like.dtype).reshape(like.shape))
+        for leaf, like, part in zip(
+            leaves, numbers, np.split(content, ends[:-1]), strict=True
+        )
+    ]
+    return jax.tree.unflatten(structure, restored)
+
+
+def _numbers(leaf: jax.Array) -> np.ndarray:
+    """What an array holds, also one of random keys."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def _with_numbers(leaf: jax.Array, numbers: np.ndarray) -> jax.Array:
+    """The inverse of `_numbers`, for an array of this kind."""
+    array = jnp.array(numbers)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+    return array
 
 
 def restore(store: Store, group: Group, template: TrainState) -> GroupProgress | None:
@@ -197,23 +244,23 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
         step = manager.latest_step()
         if step is None:
             return None
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_position(template))
         with _damage_named(folder):
-            restored = manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(shapes),
-                    measured=ocp.args.JsonRestore(),
-                ),
-            )
-    leaves = [restored.state[name] for name in sorted(restored.state)]
+            measured = manager.restore(
+                step, args=ocp.args.Composite(measured=ocp.args.JsonRestore())
+            ).measured
+            if measured["layout"] != _layout(template):
+                raise ValueError("its arrays are not those of this optimizer")
+            blank = {"bytes": np.empty_like(_to_bytes(template))}
+            content = manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
+            ).state["bytes"]
     return GroupProgress(
-        state=jax.tree.unflatten(jax.tree.structure(template), leaves),
+        state=_from_bytes(content, template),
         step=step,
-        seconds=restored.measured["seconds"],
+        seconds=measured["seconds"],
         evaluations=[
             [measurement_from_json(line) for line in lines]
-            for lines in restored.measured["evaluations"]
+            for lines in measured["evaluations"]
         ],
     )
 
@@ -225,8 +272,8 @@ def _damage_named(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # Orbax raises what its readers do, `Exception` too.
         raise UserError(
-            f"The checkpoint in {folder} cannot be read ({error}). Remove that"
-            " directory to begin these runs again."
+            f"The checkpoint in {folder} cannot be read: {first_line(error)} Remove"
+            " that directory to begin these runs again."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
     runs/digits/m_svag/rate0.3_seed1_1f0c2a9b/
         config.json         what was asked for
-        environment.json    what it ran on, when, by which command
+        environment.json    device, versions and data it ran on, when, by which command
         evaluations.jsonl   one line per evaluation; null is a number that is not finite
 
 A record appears under its name when it is complete, never before, so a directory that
@@ -279,6 +279,35 @@ class Store:
         """Names of the methods that have a record on this problem."""
         found = (self.root / problem).glob("*/rate*/config.json")
         return sorted({path.parent.parent.name for path in found})
+
+    def check_data(self, problem: str, data: str) -> None:
+        """Raises where runs on this problem were trained on other data.
+
+        Args:
+          problem: Name of the problem.
+          data: What tells the data of today from others.
+
+        Raises:
+          UserError: There is such a run, finished or not.
+        """
+        for path, trained_on in self._trained_on(problem):
+            if trained_on != data:
+                raise UserError(
+                    f"{path} was trained on other data ({trained_on}) than {problem} is"
+                    f" now ({data}). Name the directory of its data by `--data-dir`, or"
+                    " another directory for these runs by `--runs-dir`."
+                )
+
+    def _trained_on(self, problem: str) -> Iterator[tuple[Path, str]]:
+        """Where a run is, finished or not, and what tells its data from others."""
+        for pattern in ("*/rate*/environment.json", "*/unfinished/*/group.json"):
+            for path in sorted((self.root / problem).glob(pattern)):
+                # One that is damaged is named by who reads the rest of it.
+                try:
+                    data = json.loads(path.read_text())["data"]
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue
+                yield path.parent, data
 
     def find(self, config: RunConfig) -> Record | None:
         """The record of this run, if the run is finished."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
-from experiments.data import Dataset, first_images, hold_out
+from experiments.data import Dataset, fingerprint, first_images, hold_out
 from experiments.group_size import group_size
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
@@ -63,9 +63,14 @@ class Job:
             self.settings.images,
         )
 
-    def load_data(self) -> None:
+    @property
+    def fingerprint(self) -> str:
+        """What tells the data from others."""
+        return _fingerprint(self.problem, self.data_dir)
+
+    def check_data(self) -> None:
         """Loads the data now, so that what is wrong with them is said before work."""
-        _whole_dataset(self.problem, self.data_dir)
+        self.store.check_data(self.problem.name, self.fingerprint)
 
     def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
@@ -83,6 +88,12 @@ class Job:
 def _whole_dataset(problem: Problem, data_dir: Path | None) -> Dataset:
     """The data, on the device, loaded once per process."""
     return problem.load_data(data_dir)
+
+
+@functools.cache
+def _fingerprint(problem: Problem, data_dir: Path | None) -> str:
+    """What tells the data from others, computed once per process."""
+    return fingerprint(_whole_dataset(problem, data_dir))
 
 
 @functools.cache
@@ -239,7 +250,8 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
                 last_save = time.perf_counter()
             interrupts.check()
         for config, lines in zip(group.configs, progress.evaluations, strict=True):
-            job.store.write(Record(config, tuple(lines), environment()))
+            ran_on = environment() | {"data": job.fingerprint}
+            job.store.write(Record(config, tuple(lines), ran_on))
         checkpoints.remove(job.store, group)
     # One that came after the last steps.
     interrupts.check()
@@ -261,7 +273,8 @@ def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Grou
         return groups
     size = group_size(job.problem, method, job.settings, job.dataset, len(fresh))
     for first in range(0, len(fresh), size):
-        groups.append(Group(tuple(fresh[first : first + size]), size))
+        configs = tuple(fresh[first : first + size])
+        groups.append(Group(configs, size, job.fingerprint))
     return groups
 
 
@@ -283,7 +296,7 @@ def complete(
     with store.lock(job.problem.name, method.name, job.monitor.say):
         missing = [config for config in configs if store.find(config) is None]
         if missing:
-            job.load_data()
+            job.check_data()
         for group in _groups(job, method, missing):
             _run_group(job, method, f"{title}, {_range_of(group)}", group)
     found = [store.find(config) for config in configs]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import Dataset, Examples
-from experiments.errors import UserError
+from experiments.errors import UserError, first_line
 from experiments.image_archives import Half, cifar_half, files_of, mnist_halves
 from experiments.locks import only_process
 
@@ -78,7 +78,7 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
     except Exception as error:
         raise UserError(
             f"The data set in {directory} is damaged or cannot be read:"
-            f" {_first_line(error)} Remove that directory, and the same command"
+            f" {first_line(error)} Remove that directory, and the same command"
             f" prepares the data anew. {_ELSEWHERE}"
         ) from error
     return Dataset(
@@ -96,12 +96,6 @@ def _exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, as one sentence."""
-    text = str(error).strip() or f"unreadable ({type(error).__name__})"
-    return text.splitlines()[0].rstrip(" .:") + "."
 
 
 # ---- Reading ----------------------------------------------------------------------
@@ -130,7 +124,7 @@ def _read(name: str, directory: Path) -> list[tuple[np.ndarray, np.ndarray]]:
             halves.append(_read_half(builder, split))
         except Exception as error:
             # Those of the records do not say where they come from.
-            raise ValueError(f"half '{split}': {_first_line(error)}") from error
+            raise ValueError(f"half '{split}': {first_line(error)}") from error
     return halves
 
 
@@ -199,7 +193,7 @@ def _prepare(name: str, directory: Path) -> None:
         except Exception as error:
             raise UserError(
                 f"The data set {name} could not be prepared in {directory}:"
-                f" {_first_line(_origin(error))} Nothing of it is there now; the same"
+                f" {first_line(_origin(error))} Nothing of it is there now; the same"
                 f" command tries again. {_ELSEWHERE}"
             ) from error
 
@@ -235,7 +229,7 @@ def _check_connection(name: str, directory: Path, url: str) -> None:
         found = f" (found only: {', '.join(others)})" if others else ""
         raise UserError(
             f"The data set {name} is not there: expected it in {directory}{found}. It"
-            f" cannot be downloaded either: {url}: {_first_line(_origin(error))}\n"
+            f" cannot be downloaded either: {url}: {first_line(_origin(error))}\n"
             "On a machine with network,\n"
             f"    python -m experiments train {name} --optimizer m_svag --learning-rate"
             f" 0.03 --smoke --data-dir {shlex.quote(str(root))}\n"

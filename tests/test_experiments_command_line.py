@@ -1,5 +1,6 @@
 """Every command at smoke size, what it says about mistakes, and kill and resume."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -15,12 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from matplotlib.image import imread
 
 from experiments import running
 from experiments.command_line import COMMANDS, main
-from experiments.methods import FOUR_METHODS
+from experiments.data import fingerprint
+from experiments.methods import FOUR_METHODS, METHODS
+from experiments.problems import get_problem
 from experiments.records import Store
 from experiments.studies import convergence
 
@@ -473,24 +477,95 @@ def test_two_processes_on_one_directory(tmp_path):
     assert lines_of(found) == lines_of(expected)
 
 
+def unfinished_run(command, runs, monkeypatch):
+    """The checkpoint that a run leaves which is stopped after its last step."""
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.checkpoints.remove", lambda *_: None)
+        assert main([*command, "--checkpoint-seconds", "0"]) == 0
+    (record,) = runs.glob("digits/*/rate*")
+    shutil.rmtree(record)
+    (checkpoint,) = runs.glob("digits/*/unfinished/*")
+    return checkpoint
+
+
 @pytest.mark.parametrize(
     "file",
     ["group.json", *(f"checkpoints/20/{name}" for name in CHECKPOINT_FILES)],
 )
 def test_damaged_checkpoint_is_named(file, tmp_path, monkeypatch, capsys):
-    command = ["train", "digits", "--optimizer", "m_svag", "--learning-rate", "0.3"]
-    command += ["--smoke", "--checkpoint-seconds", "0", "--runs-dir", str(tmp_path)]
-    monkeypatch.setattr("experiments.checkpoints.remove", lambda *_: None)
-    assert main(command) == 0
-    (record,) = tmp_path.glob("digits/m_svag/rate*")
-    shutil.rmtree(record)
-    damaged = list(tmp_path.glob(f"digits/m_svag/unfinished/*/{file}"))
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir"]
+    command.append(str(tmp_path))
+    checkpoint = unfinished_run(command, tmp_path, monkeypatch)
+    damaged = list(checkpoint.glob(file))
     assert damaged
     for path in damaged:
         os.truncate(path, 3)
     capsys.readouterr()
     assert main(command) == 2
-    assert "Remove that directory to begin these runs again" in capsys.readouterr().err
+    message = capsys.readouterr().err.strip()
+    assert f"The checkpoint in {checkpoint} cannot be read: " in message
+    assert message.endswith("Remove that directory to begin these runs again.")
+    assert "\n" not in message
+    shutil.rmtree(checkpoint)
+    assert main(command) == 0
+
+
+def test_checkpoint_of_another_optimizer_is_named(tmp_path, monkeypatch, capsys):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir"]
+    command.append(str(tmp_path))
+    unfinished_run(command, tmp_path, monkeypatch)
+    # As if its state had changed with a new version of the library.
+    monkeypatch.setitem(
+        METHODS, "m_svag", dataclasses.replace(METHODS["m_sgd"], name="m_svag")
+    )
+    assert main(command) == 2
+    assert "its arrays are not those of this optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Specifying a key")  # Of Optax's noise.
+@pytest.mark.parametrize("name", ["optax.noisy_sgd", "optax.contrib.galore"])
+def test_state_of_any_kind_is_kept(name, tmp_path, monkeypatch):
+    # Random keys, and arrays without entries.
+    command = ["train", "digits", "--optimizer", name, "--learning-rate", "0.01"]
+    command += ["--smoke", "--runs-dir"]
+    with monkeypatch.context() as patch:
+        assert main([*command, str(tmp_path / "whole")]) == 0
+        patch.setattr(
+            "experiments.progress.GroupReport.__call__",
+            lambda *_: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert main([*command, str(tmp_path / "halves")]) == 130
+        patch.undo()
+        assert main([*command, str(tmp_path / "halves")]) == 0
+    whole, halves = (
+        next((tmp_path / part).glob("digits/*/rate*")) for part in ("whole", "halves")
+    )
+    assert lines_of(halves) == lines_of(whole)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_data_are_not_mixed_with_those_of_before(
+    finished, tmp_path, monkeypatch, capsys
+):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir"]
+    command.append(str(tmp_path))
+    if finished:
+        assert main(command) == 0
+        (directory,) = tmp_path.glob("digits/m_svag/rate*")
+    else:
+        directory = unfinished_run(command, tmp_path, monkeypatch)
+    capsys.readouterr()
+    other_images = jax.tree.map(jnp.zeros_like, get_problem("digits").load_data(None))
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.running._whole_dataset", lambda *_: other_images)
+        patch.setattr(
+            "experiments.running._fingerprint", lambda *_: fingerprint(other_images)
+        )
+        assert main([*command, "--seed", "1"]) == 2
+    message = capsys.readouterr().err
+    assert f"{directory} was trained on other data (1297 + 500 images, " in message
+    assert f" now ({fingerprint(other_images)})" in message
+    assert main([*command, "--seed", "1"]) == 0
 
 
 def test_a_problem_in_place_of_a_command_is_told_apart(capsys):
