@@ -577,6 +577,7 @@ def test_linen_train_state(subject: Subject) -> None:
     assert new.step == 1
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # Orbax before 0.12.
 def test_orbax_saves_and_restores_every_state(tmp_path: Path) -> None:
     states, blanks = {}, {}
     for name, subject in OPTIMIZERS.items():

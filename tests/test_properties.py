@@ -22,7 +22,8 @@ few = hypothesis.settings(
 STEPS, WIDTH = 6, 4
 elements = st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6)
 streams = hypothesis.extra.numpy.arrays(np.float32, (STEPS, WIDTH), elements=elements)
-decays = st.floats(0, float(np.float32(0.999)), width=32)
+# Powers of smaller ones underflow, and then the scale of the gradients counts.
+decays = st.just(0.0) | st.floats(0.0625, float(np.float32(0.999)), width=32)
 scales = st.integers(-20, 20).map(lambda n: np.float32(2.0**n))
 
 
