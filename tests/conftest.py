@@ -1,6 +1,9 @@
 """Settings of every test: no silent broadcasting, float64 by fixture only."""
 
-from collections.abc import Iterator
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -35,3 +38,23 @@ def small_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data_dir = tmp_path_factory.mktemp("tfds")
     write_small_sets(data_dir)
     return data_dir
+
+
+@pytest.fixture
+def interrupt_at_first_news(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Sequence[str]], None]:
+    """Runs a command of the experiments until the first news of its first steps."""
+    return functools.partial(_interrupt, monkeypatch)
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
+    # Imported here: most tests need no experiments.
+    from experiments.command_line import INTERRUPTED, main
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "experiments.progress.GroupReport.__call__",
+            lambda *_: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert main(command) == INTERRUPTED

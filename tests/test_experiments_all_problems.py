@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -111,18 +109,13 @@ def test_figures_of_the_variants(small_data_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_interrupted_run_ends_with_the_same_record(
-    name, small_data_dir, tmp_path, monkeypatch
+    name, small_data_dir, tmp_path, interrupt_at_first_news
 ):
     # Augmentation and dropout included: all of it follows from seed and step.
     command = ["train", name, "--optimizer", "adam", "--learning-rate", "0.001"]
     command += ["--smoke", "--data-dir", str(small_data_dir), "--runs-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "experiments.progress.GroupReport.__call__",
-            lambda *_: os.kill(os.getpid(), signal.SIGINT),
-        )
-        assert main([*command, str(tmp_path / "halves")]) == 130
+    interrupt_at_first_news([*command, str(tmp_path / "halves")])
     assert not contents(tmp_path / "halves")
     assert main([*command, str(tmp_path / "halves")]) == 0
     whole = contents(tmp_path / "whole")

@@ -268,17 +268,13 @@ def test_help_names_every_command(capsys):
     assert all(re.search(rf"[│•] +{name} ", printed) for name in COMMANDS)
 
 
-def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_interrupt_loses_nothing_and_says_how_to_go_on(
+    tmp_path, interrupt_at_first_news, monkeypatch, capsys
+):
     command = ["train", "digits", "--optimizer", "m_svag", "--learning-rate", "0.3"]
     command += ["--smoke", "--runs-dir", str(tmp_path)]
     begun_at = []
-    with monkeypatch.context() as patch:
-        # Ctrl-C during the first steps, when the news of them arrives.
-        patch.setattr(
-            "experiments.progress.GroupReport.__call__",
-            lambda *_: os.kill(os.getpid(), signal.SIGINT),
-        )
-        assert main(command) == 130
+    interrupt_at_first_news(command)
     said = capsys.readouterr().err
     assert "Stopping after these steps" in said
     assert "The same command goes on" in said
@@ -542,17 +538,12 @@ def noisy_sgd(learning_rate):
     )
 
 
-def test_state_of_any_kind_is_kept(tmp_path, monkeypatch):
+def test_state_of_any_kind_is_kept(tmp_path, interrupt_at_first_news, monkeypatch):
     monkeypatch.setitem(METHODS, "noisy", Method("noisy", "noisy", noisy_sgd))
     command = ["train", "digits", "--optimizer", "noisy", "--learning-rate", "0.01"]
     command += ["--smoke", "--runs-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "experiments.progress.GroupReport.__call__",
-            lambda *_: os.kill(os.getpid(), signal.SIGINT),
-        )
-        assert main([*command, str(tmp_path / "halves")]) == 130
+    interrupt_at_first_news([*command, str(tmp_path / "halves")])
     assert main([*command, str(tmp_path / "halves")]) == 0
     whole, halves = (
         next((tmp_path / part).glob("digits/*/rate*")) for part in ("whole", "halves")
@@ -607,17 +598,14 @@ def test_shorter_runs_are_kept_apart(tmp_path, capsys):
     assert "with 1000 steps" in capsys.readouterr().err
 
 
-def test_long_way_to_an_evaluation_is_taken_in_pieces(tmp_path, monkeypatch):
+def test_long_way_to_an_evaluation_is_taken_in_pieces(
+    tmp_path, interrupt_at_first_news, monkeypatch
+):
     command = [*TRAIN, "--learning-rate", "0.3", "--steps", "600"]
     command += ["--evaluation-interval", "300", "--runs-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     begun_at = []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "experiments.progress.GroupReport.__call__",
-            lambda *_: os.kill(os.getpid(), signal.SIGINT),
-        )
-        assert main([*command, str(tmp_path / "halves")]) == 130
+    interrupt_at_first_news([*command, str(tmp_path / "halves")])
     monkeypatch.setattr(
         "experiments.progress.GroupReport.begin", lambda _, step: begun_at.append(step)
     )
