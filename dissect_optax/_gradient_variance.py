@@ -360,6 +360,11 @@ def _loss_of_one(
             f"{type(result).__name__}."
         )
     value, aux = result if has_aux else (result, ())
+    if not jax.tree_util.all_leaves([value]):
+        raise TypeError(
+            "The loss of one example must be a real scalar, got a "
+            f"{type(value).__name__}. For a pair (loss, aux), use `has_aux=True`."
+        )
     shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(

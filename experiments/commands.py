@@ -52,8 +52,8 @@ class Options:
     runs_dir: Path = Path("runs")
     """Directory of the records; a finished run is found there and not run again."""
     smoke: bool = False
-    """A few steps, two seeds: within a minute, nearly all of it compilation. Tests the
-    code, not Adam."""
+    """A few steps, two seeds: within a minute or two, nearly all of it compilation.
+    Tests the code, not Adam."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,8 +371,9 @@ def curves(
     if not records:
         raise UserError(
             f"{job.store.root} holds no record of {', '.join(names) or 'any method'} on"
-            f" {problem} with {job.settings.steps} steps. Run `python -m experiments"
-            f" train {problem}` with the same options first."
+            f" {problem} with {job.settings.steps} steps. Run, say, `python -m"
+            f" experiments train {problem} --optimizer m_svag --learning-rate 0.3`"
+            " with the same options first."
         )
     summary = options.runs_dir / problem / f"{file_name}{_suffix(options)}.json"
     runs = [record_to_json(run) for line in records.values() for run in line]

@@ -420,6 +420,10 @@ def vector_loss(params, x):
     return x @ params
 
 
+def pair_loss(params, x):
+    return jnp.sum(x @ params), x
+
+
 def batched_loss(params, x):
     return jnp.mean(jnp.square(x @ params).sum(-1), axis=0)
 
@@ -427,6 +431,7 @@ def batched_loss(params, x):
 @pytest.mark.parametrize(
     ("bad_loss", "batch", "error", "message"),
     [
+        (pair_loss, np.ones((3, 4)), TypeError, r"got a tuple.*`has_aux=True`"),
         (vector_loss, np.ones((3, 4)), TypeError, r"real scalar, got .* \(2,\)"),
         (
             lambda p, x: (x @ p).sum() + 0j,

@@ -11,6 +11,7 @@ import dissect_optax as do
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(do, name) for name in do.__all__)
     assert len(set(do.__all__)) == len(do.__all__)
+    assert set(do.__all__) <= set(dir(do))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
