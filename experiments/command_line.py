@@ -50,7 +50,8 @@ def _run(arguments: Sequence[str]) -> None:
                 f"'{arguments[0]}' is a problem, not a command. Did you mean"
                 f" `{_PROGRAM} reproduce {arguments[0]}`?"
             )
-        raise UserError(unknown_name("command", arguments[0], COMMANDS))
+        aliases = {problem: f"reproduce {problem}" for problem in PROBLEMS}
+        raise UserError(unknown_name("command", arguments[0], COMMANDS, aliases))
     tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog=_PROGRAM,

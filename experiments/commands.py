@@ -1,7 +1,8 @@
 """The commands: each is a function whose parameters are its options."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,11 +26,12 @@ from experiments.methods import (
     get_method,
     makes_optimizers,
 )
-from experiments.problems import Problem, Settings, get_problem
+from experiments.problems import PROBLEMS, Problem, Settings, get_problem
 from experiments.progress import Monitor
 from experiments.records import (
     Record,
     Store,
+    digest,
     record_to_json,
     to_text,
     write_atomically,
@@ -41,8 +43,28 @@ from experiments.tuning import Outcome, find_outcome, outcomes, replicate, tune
 _SINGLE = np.finfo(np.float32)
 _LARGEST_SEED = 2**32 - 1
 _WIDTH = 120
+_LONGEST_NAME = 100
 # Share of the training set that `--select-on validation` holds out.
 _HELD_OUT = 0.1
+
+
+_KNOWN_METHODS = (
+    f"{', '.join(METHODS)}, or the path of an Optax optimizer such as optax.adamw"
+)
+_MethodName = Annotated[
+    str, tyro.conf.arg(metavar="METHOD", help=f"One of {_KNOWN_METHODS}.")
+]
+_MethodNames = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(metavar="[METHOD ...]", help=f"Some of {_KNOWN_METHODS}."),
+]
+_MethodNamesOrAll = Annotated[
+    tuple[str, ...] | None,
+    tyro.conf.arg(
+        metavar="[METHOD ...]", help="The methods; all that have records if not given."
+    ),
+]
+_Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +74,25 @@ class Options:
     runs_dir: Path = Path("runs")
     """Directory of the records; a finished run is found there and not run again."""
     smoke: bool = False
-    """A few steps, two seeds: within a minute or two, nearly all of it compilation.
-    Tests the code, not Adam."""
+    """A few steps, two seeds: a minute or two, mostly to compile. No test of Adam."""
+
+    def __post_init__(self) -> None:
+        # A shell leaves `--runs-dir=~/runs` as it is. Without such a user, so do we.
+        with contextlib.suppress(RuntimeError):
+            object.__setattr__(self, "runs_dir", self.runs_dir.expanduser())
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions(Options):
     """What every command understands that has to do with training."""
 
-    data_dir: Path | None = None
-    """Directory of the TFDS data sets; by default $TFDS_DATA_DIR or
-    ~/tensorflow_datasets. digits needs none."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """The TFDS data sets; by default in $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     checkpoint_seconds: float = 30.0
     """Least time between two checkpoints."""
-    steps: int | None = None
+    steps: _Number = None
     """Steps of every run, for a look that is shorter than what was published."""
-    evaluation_interval: int | None = None
+    evaluation_interval: _Number = None
     """Steps between two evaluations; divides the steps."""
 
 
@@ -75,14 +100,17 @@ class TrainingOptions(Options):
 class TuningOptions(TrainingOptions):
     """What every command understands that has to do with the choice of a step size."""
 
-    tuning_steps: int | None = None
+    tuning_steps: _Number = None
     """Steps of the runs that find the step size, if not the same."""
     select_on: Literal["test", "validation"] = "test"
-    """Where the accuracy counts that selects a step size: on the test set, as in the
-    paper, or on a tenth of the training set that the tuning runs are not shown."""
+    """Images that select a step size; validation holds out a tenth of training's."""
 
 
-_ProblemName = Positional[Annotated[str, tyro.conf.arg(metavar="PROBLEM")]]
+_ProblemName = Positional[
+    Annotated[
+        str, tyro.conf.arg(metavar="PROBLEM", help=f"One of {', '.join(PROBLEMS)}.")
+    ]
+]
 _Options = Annotated[Options, tyro.conf.arg(name="")]
 _TrainingOptions = Annotated[TrainingOptions, tyro.conf.arg(name="")]
 _TuningOptions = Annotated[TuningOptions, tyro.conf.arg(name="")]
@@ -97,7 +125,10 @@ def _with_steps(
     """The settings with other numbers of steps, where they are given."""
     steps = settings.steps if steps is None else steps
     interval = settings.evaluation_interval if interval is None else interval
-    if steps < 1 or interval < 1 or steps % interval:
+    for name, value in ((flag, steps), ("--evaluation-interval", interval)):
+        if value < 1:
+            raise UserError(f"`{name}` must be at least 1, got {value}.")
+    if steps % interval:
         raise UserError(
             f"`{flag}` must be a multiple of the evaluation interval, got {steps} and"
             f" {interval}. Choose an interval that divides it by"
@@ -171,12 +202,44 @@ def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
     return outcomes(job, methods)
 
 
-def _recorded_methods(job: Job) -> list[str]:
+def _recorded_methods(job: Job) -> list[Method]:
     """Methods that have records, this library's first, in the order of its list."""
     found = job.store.optimizers(job.problem.name)
-    return [name for name in METHODS if name in found] + [
-        name for name in found if name not in METHODS
-    ]
+    others = []
+    for name in found:
+        if name not in METHODS:
+            # It may come from another version of Optax, say.
+            with _said_only(job):
+                others.append(get_method(name))
+    return [METHODS[name] for name in METHODS if name in found] + others
+
+
+def _complete_outcomes(job: Job) -> dict[str, Outcome]:
+    """Of every method that is complete, so that one command does not undo another's."""
+    complete_outcomes = {}
+    for method in _recorded_methods(job):
+        # One that cannot be tuned is no obstacle to the others.
+        with _said_only(job):
+            if outcome := find_outcome(job, method):
+                complete_outcomes[method.name] = outcome
+    return complete_outcomes
+
+
+@contextlib.contextmanager
+def _said_only(job: Job) -> Iterator[None]:
+    """Shows an error and goes on: it is about what was not asked for."""
+    try:
+        yield
+    except UserError as error:
+        job.monitor.say(f"Left out: {error}")
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names as part of a file's name, which has an end."""
+    joined = "_".join(names)
+    if len(joined) <= _LONGEST_NAME:
+        return joined
+    return f"{len(names)}_methods_{digest(list(names))}"
 
 
 def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
@@ -184,11 +247,13 @@ def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
     return {found.method.label: found.replications for found in outcomes.values()}
 
 
-def _print_results(job: Job, outcomes: dict[str, Outcome]) -> None:
+def _print_results(
+    job: Job, outcomes: dict[str, Outcome], options: TuningOptions
+) -> None:
     """The accuracy table, and the two effects with what they mean."""
     # A row of Markdown must not be broken, however narrow the terminal.
     console = Console(width=_WIDTH)
-    if job.settings == job.problem.smoke:
+    if options.smoke:
         console.print("A test of the code: after so few steps numbers mean nothing.")
     console.print(reporting.accuracy_table(job.problem, outcomes))
     for aspect, comparisons in (
@@ -199,8 +264,12 @@ def _print_results(job: Job, outcomes: dict[str, Outcome]) -> None:
             console.print(reporting.effect_table(aspect, found))
     held_out = job.tuning_settings.validation_fraction
     chosen_on = "held-out training images" if held_out else "the test set"
+    length = f"{job.settings.steps} steps"
+    published = job.problem.settings.steps
+    if job.problem.published and job.settings.steps != published:
+        length += f" (the paper's: after {published})"
     console.print(
-        "Test accuracy after the last step, mean ± one standard deviation over seeds;\n"
+        f"Test accuracy after {length}, mean ± one standard deviation over seeds;\n"
         f"step sizes chosen on {chosen_on} by runs of {job.tuning_settings.steps}"
         " steps.\n"
         "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
@@ -215,7 +284,7 @@ def _print_results(job: Job, outcomes: dict[str, Outcome]) -> None:
 def train(
     problem: _ProblemName,
     *,
-    optimizer: str,
+    optimizer: _MethodName,
     learning_rate: float,
     seed: int = 0,
     options: _TrainingOptions = _TRAINING_DEFAULTS,
@@ -257,7 +326,7 @@ def train(
 def tune_step_sizes(
     problem: _ProblemName,
     *,
-    optimizers: tuple[str, ...] = FOUR_METHODS,
+    optimizers: _MethodNames = FOUR_METHODS,
     options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Find the step size of every method, as §A.2 of the paper does.
@@ -280,8 +349,8 @@ def tune_step_sizes(
 def reproduce(
     problem: _ProblemName,
     *,
-    optimizers: tuple[str, ...] = FOUR_METHODS,
-    seeds: int | None = None,
+    optimizers: _MethodNames = FOUR_METHODS,
+    seeds: _Number = None,
     options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Tune and replicate every method, then print the table and draw Figure 3.
@@ -306,16 +375,11 @@ def reproduce(
             seeds or (2 if options.smoke else 10),
         )
     found = _outcomes(job, optimizers)
-    _print_results(job, found)
+    _print_results(job, found, options)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
-    # Of every method that is complete, so that one command does not undo another's.
-    complete_outcomes = {
-        name: outcome
-        for name in _recorded_methods(job)
-        if (outcome := find_outcome(job, get_method(name)))
-    }
-    write_atomically(summary, to_text(reporting.summary(job, complete_outcomes)))
-    name = "figure_3" if tuple(optimizers) == FOUR_METHODS else "_".join(optimizers)
+    all_found = reporting.summary(job, _complete_outcomes(job))
+    write_atomically(summary, to_text(all_found))
+    name = "figure_3" if tuple(optimizers) == FOUR_METHODS else _joined(optimizers)
     path = training_curves.draw(
         {job.problem.title: _replications(found)},
         _figure_path(f"{name}_{problem}", options),
@@ -329,7 +393,7 @@ def table(
         Annotated[tuple[str, ...], tyro.conf.arg(metavar="[PROBLEM ...]")]
     ] = ("digits",),
     *,
-    optimizers: tuple[str, ...] = FOUR_METHODS,
+    optimizers: _MethodNames = FOUR_METHODS,
     options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Print the accuracy table and the effects, from records.
@@ -341,13 +405,13 @@ def table(
     """
     for problem in _distinct("PROBLEM", problems):
         job = _job(problem, options)
-        _print_results(job, _outcomes(job, optimizers))
+        _print_results(job, _outcomes(job, optimizers), options)
 
 
 def curves(
     problem: _ProblemName,
     *,
-    optimizers: tuple[str, ...] | None = None,
+    optimizers: _MethodNamesOrAll = None,
     options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
     """Draw and collect the losses of every record with these settings, tuned or not.
@@ -359,18 +423,20 @@ def curves(
     """
     job = _job(problem, options)
     records: dict[str, list[Record]] = {}
-    names: Sequence[str] = _recorded_methods(job)
     file_name = "curves"
-    if optimizers is not None:
-        names = _distinct("--optimizers", optimizers)
-        file_name = "_".join(["curves", *names])
-    for method in map(get_method, names):
+    if optimizers is None:
+        methods = _recorded_methods(job)
+    else:
+        methods = [get_method(name) for name in _distinct("--optimizers", optimizers)]
+        file_name = f"curves_{_joined(optimizers)}"
+    for method in methods:
         for record in job.store.records(problem, method.name, job.settings):
             label = f"{method.label}, {record.config.learning_rate:g}"
             records.setdefault(label, []).append(record)
     if not records:
         raise UserError(
-            f"{job.store.root} holds no record of {', '.join(names) or 'any method'} on"
+            f"{job.store.root} holds no record of"
+            f" {', '.join(method.label for method in methods) or 'any method'} on"
             f" {problem} with {job.settings.steps} steps. Run, say, `python -m"
             f" experiments train {problem} --optimizer m_svag --learning-rate 0.3`"
             " with the same options first."
@@ -408,11 +474,13 @@ def figure(
             f"There is no command for Figure {number}. Known:"
             f" {', '.join(map(str, known))}."
         )
-    elif problems is not None:
+    elif problems is not None or options != TuningOptions(
+        runs_dir=options.runs_dir, smoke=options.smoke
+    ):
         shown = ", ".join(map(str, FIGURES_OF_RUNS))
         raise UserError(
-            f"`--problems` means nothing to Figure {number}, which shows no test"
-            f" problem. It is for the Figures {shown}."
+            f"Figure {number} shows no test problem: only `--runs-dir` and `--smoke`"
+            f" mean something to it. The other options are for the Figures {shown}."
         )
     else:
         path = FIGURES_OF_THEORY[number](options)

@@ -2,7 +2,7 @@
 
 import difflib
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 # Some libraries put all they know into their errors.
 _LONGEST_LINE = 600
@@ -12,18 +12,33 @@ class UserError(Exception):
     """Something the user can put right; the command line shows it without traceback."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> str:
     """Message for a name that is not known, with the nearest one that is.
+
+    Args:
+      kind: What the name is of.
+      name: What was given.
+      known: All names there are.
+      aliases: Other words that may have been meant, each with what to name instead.
+
+    Returns:
+      The message.
 
     Examples:
       >>> print(unknown_name("problem", "digist", ["mnist", "digits"]))
       There is no problem 'digist'. Did you mean 'digits'? Known: mnist, digits.
       >>> print(unknown_name("problem", "xyz", ["mnist", "digits"]))
       There is no problem 'xyz'. Known: mnist, digits.
+      >>> print(unknown_name("optimizer", "Adam*", ["svag"], {"ADAM*": "adam_star"}))
+      There is no optimizer 'Adam*'. Did you mean 'adam_star'? Known: svag.
     """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    question = f" Did you mean '{close[0]}'?" if close else ""
+    meant = {word.lower(): instead for word, instead in (aliases or {}).items()}
+    meant |= {word.lower(): word for word in known}
+    close = difflib.get_close_matches(name.lower(), meant, n=1)
+    question = f" Did you mean '{meant[close[0]]}'?" if close else ""
     return f"There is no {kind} '{name}'.{question} Known: {', '.join(known)}."
 
 

@@ -38,9 +38,11 @@ def group_size(
       wanted: Number of runs that there are to train.
 
     Returns:
-      At least 1. On a CPU it may exceed `wanted`: groups of one size are one program,
-      which is compiled once.
+      At least 1. On a CPU it may exceed a `wanted` of more than one: groups of one size
+      are one program, which is compiled once.
     """
+    if wanted == 1:
+        return 1
     if jax.default_backend() == "cpu":
         flops = _flops(problem, method, settings, _image_shape(dataset))
         return filling_cores(flops, _cores())

@@ -53,6 +53,7 @@ _PAPER_METHODS = (
     Method("adam_star_mb", "ADAM*-mb", dissect_optax.adam_star_mb, 0.1, True),
 )
 METHODS = {method.name: method for method in _PAPER_METHODS}
+_NAMES_BY_LABEL = {method.label: method.name for method in _PAPER_METHODS}
 
 # Table 1 of the paper, with momentum.
 FOUR_METHODS = ("m_sgd", "m_ssd", "m_svag", "adam")
@@ -84,15 +85,15 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     if not name.startswith("optax."):
         raise UserError(
-            unknown_name("optimizer", name, METHODS)
+            unknown_name("optimizer", name, METHODS, _NAMES_BY_LABEL)
             + " An Optax optimizer is named by its path, such as 'optax.adamw'."
         )
     module_name, _, attribute = name.rpartition(".")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError):
-        close = difflib.get_close_matches(attribute, dir(optax), n=1)
-        question = f" Did you mean 'optax.{close[0]}'?" if close else ""
+        close = difflib.get_close_matches(name, _optax_paths(), n=1)
+        question = f" Did you mean '{close[0]}'?" if close else ""
         raise UserError(
             f"Optax has no '{name}'.{question} Expected the path of an optimizer, such"
             " as 'optax.adamw' or 'optax.contrib.muon'."
@@ -103,6 +104,12 @@ def get_method(name: str) -> Method:
             " Expected a path such as 'optax.adamw'."
         )
     return Method(name, name, factory, 0.1)
+
+
+def _optax_paths() -> list[str]:
+    """Where optimizers may be in Optax."""
+    modules = (optax, optax.contrib)
+    return [f"{module.__name__}.{name}" for module in modules for name in dir(module)]
 
 
 def makes_optimizers(factory: Any, learning_rate: optax.ScalarOrSchedule) -> bool:

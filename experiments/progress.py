@@ -4,15 +4,18 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from experiments.records import Measurement
 
@@ -30,7 +33,7 @@ class Monitor:
 
     def say(self, sentence: str) -> None:
         """Shows a line of its own."""
-        self.console.print(sentence, highlight=False, soft_wrap=True)
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def group(self, title: str, steps: int) -> Iterator["GroupReport"]:
@@ -44,8 +47,8 @@ class Monitor:
           What takes the news.
         """
         start = time.perf_counter()
-        bar = Progress(
-            TextColumn("{task.description}"),
+        bar = _TitledProgress(
+            title,
             # Narrow, so that a line fits a terminal of 80 columns.
             BarColumn(bar_width=12),
             TaskProgressColumn(),
@@ -58,18 +61,32 @@ class Monitor:
             disable=not self.console.is_terminal,
         )
         with bar:
-            report = GroupReport(bar, title, steps)
+            report = GroupReport(bar, steps)
             yield report
         seconds = time.perf_counter() - start
         self.say(f"{title}: {seconds:.1f} s, {report.news}")
 
 
+class _TitledProgress(Progress):
+    """A bar below its title, which is longer than what a line has room for."""
+
+    def __init__(self, title: str, *columns: ProgressColumn, **options: Any) -> None:
+        # It is asked for what to show at once.
+        self._title = Text(title, no_wrap=True, overflow="ellipsis")
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The title, and the bar."""
+        yield self._title
+        yield from super().get_renderables()
+
+
 class GroupReport:
     """Takes the news of one group to its bar."""
 
-    def __init__(self, bar: Progress, title: str, steps: int) -> None:
+    def __init__(self, bar: Progress, steps: int) -> None:
         self._bar = bar
-        self._task = bar.add_task(title, total=steps, rate="…", news="")
+        self._task = bar.add_task("", total=steps, rate="…", news="")
         self._first_step = 0
         self._start = time.perf_counter()
         self.news = ""
@@ -95,6 +112,7 @@ class GroupReport:
             best = "best " if len(newest) > 1 else ""
             best += f"loss {loss:.3g}, acc. {accuracy:.1%}"
         rate = (step - self._first_step) / (time.perf_counter() - self._start)
-        self._bar.update(self._task, completed=step, rate=f"{rate:.3g}", news=best)
+        shown_rate = f"{rate:.0f}" if rate >= 100 else f"{rate:.2g}"
+        self._bar.update(self._task, completed=step, rate=shown_rate, news=best)
         runs = "1 run" if len(newest) == 1 else f"{len(newest)} runs"
         self.news = f"{runs}, {len(newest) - len(alive)} diverged; {best}"

@@ -47,6 +47,9 @@ _PACKAGES = (
 )
 
 
+_DRAFT = ".draft-"  # So begin the names of records that are being written.
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What determines a run.
@@ -154,6 +157,9 @@ def measurement_from_json(fields: dict[str, Any]) -> Measurement:
     values: dict[str, Any] = {
         name: math.nan if value is None else value for name, value in fields.items()
     }
+    for name, value in values.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number or null, got {value!r}")
     return Measurement(**values)
 
 
@@ -325,7 +331,7 @@ class Store:
         """Adds a finished run; does nothing when it is there already."""
         directory = self.directory(record.config)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".draft-"))
+        draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=_DRAFT))
         draft.chmod(0o755)
         lines = [json.dumps(measurement_to_json(line)) for line in record.evaluations]
         _write_whole(draft / "config.json", to_text(config_to_json(record.config)))
@@ -353,6 +359,9 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         news = f"Another process works in {folder}; waiting for it to finish."
         with only_process(folder / ".lock", say, news):
+            # Of processes that were killed while they wrote.
+            for draft in folder.glob(f"{_DRAFT}*"):
+                shutil.rmtree(draft, ignore_errors=True)
             yield
 
 
@@ -392,5 +401,9 @@ def _check_finished(record: Record) -> None:
     due = list(range(0, settings.steps + 1, settings.evaluation_interval))
     if not steps or steps != due[: len(steps)]:
         raise ValueError("its evaluations are not those of config.json")
+    for line in record.evaluations:
+        # A share of images is a number whatever became of the network.
+        if not math.isfinite(line.test_accuracy):
+            raise ValueError(f"it has no test accuracy after step {line.step}")
     if len(steps) < len(due) and not record.diverged:
         raise ValueError(f"it ends after step {steps[-1]} of {settings.steps}")

@@ -109,9 +109,9 @@ def _dataset(
     return hold_out(Dataset(*halves), validation_fraction)
 
 
-def _float(value: jax.Array) -> float:
+def _float(value: np.float32) -> float:
     """The shortest decimal number that is this float32, which keeps records short."""
-    return float(str(np.float32(value)))
+    return float(str(value))
 
 
 def _measurement(
@@ -159,20 +159,28 @@ def _alive(progress: GroupProgress) -> list[int]:
     ]
 
 
+def _is_evaluated(progress: GroupProgress) -> bool:
+    """Whether there are measurements of where the group is."""
+    return any(
+        lines and lines[-1].step == progress.step for lines in progress.evaluations
+    )
+
+
 def _add_evaluation(
     job: Job, members: Member, progress: GroupProgress, started: float
 ) -> None:
-    """Measures every member that has not diverged."""
-    evaluation = jax.device_get(
-        evaluate(
-            job.problem,
-            job.settings,
-            job.dataset,
-            members,
-            progress.state.step,
-            progress.state.params,
-        )
+    """Measures every member that has not diverged, unless a Ctrl-C arrives."""
+    evaluation = evaluate(
+        job.problem,
+        job.settings,
+        job.dataset,
+        members,
+        progress.state.step,
+        progress.state.params,
+        stop=interrupts.arrived,
     )
+    if evaluation is None:
+        return
     progress.seconds = time.perf_counter() - started
     for index in _alive(progress):
         progress.evaluations[index].append(
@@ -181,14 +189,16 @@ def _add_evaluation(
 
 
 def _begin(job: Job, method: Method, group: Group, members: Member) -> GroupProgress:
-    """The group at its last checkpoint, or before its first step."""
+    """The group at its last checkpoint, or before its first step; evaluated there."""
     started = time.perf_counter()
     state = initialise(job.problem, method, members)
-    resumed = checkpoints.restore(job.store, group, template=state)
-    if resumed is not None:
-        return resumed
-    progress = GroupProgress(state, 0, 0.0, [[] for _ in group.configs])
-    _add_evaluation(job, members, progress, started)
+    progress = checkpoints.restore(job.store, group, template=state)
+    if progress is None:
+        progress = GroupProgress(state, 0, 0.0, [[] for _ in group.configs])
+    started -= progress.seconds
+    is_due = progress.step % job.settings.evaluation_interval == 0
+    if is_due and not _is_evaluated(progress):
+        _add_evaluation(job, members, progress, started)
     return progress
 
 

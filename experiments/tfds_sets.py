@@ -59,7 +59,12 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
 
     # It reports there on its housekeeping, and recommends another decoder of images.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser().absolute()
+    root = Path(data_dir or tfds.core.constants.DATA_DIR)
+    with contextlib.suppress(
+        RuntimeError
+    ):  # There is no such user: a name like others.
+        root = root.expanduser()
+    root = root.absolute()
     directory = root / name / str(tfds.builder_cls(name).VERSION)
     try:
         if not _exists(directory):

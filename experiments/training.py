@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -32,6 +33,10 @@ from experiments.problems.problem import Problem, Settings
 _ENTRIES_EVALUATED_AT_ONCE = 50 * 32 * 32 * 3
 
 
+# An evaluation can be given up between two pieces.
+IMAGES_IN_A_PIECE = 1000
+
+
 class Member(NamedTuple):
     """What tells the runs of a group apart; both arrays are `[members]` in a group."""
 
@@ -48,21 +53,21 @@ class TrainState(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One evaluation; arrays are `[members]` in a group.
+    """One evaluation; arrays are float32 `[members]`.
 
     A loss is the mean cross-entropy plus the L2 penalty. It is measured without
     dropout and augmentation, over the whole test set. Without a validation set, its
     values are not a number.
     """
 
-    training_loss: jax.Array
-    training_cross_entropy: jax.Array
-    test_loss: jax.Array
-    test_cross_entropy: jax.Array
-    test_accuracy: jax.Array
-    validation_loss: jax.Array
-    validation_accuracy: jax.Array
-    learning_rate: jax.Array
+    training_loss: np.ndarray
+    training_cross_entropy: np.ndarray
+    test_loss: np.ndarray
+    test_cross_entropy: np.ndarray
+    test_accuracy: np.ndarray
+    validation_loss: np.ndarray
+    validation_accuracy: np.ndarray
+    learning_rate: np.ndarray
 
 
 class _Input(NamedTuple):
@@ -234,51 +239,43 @@ def _measure(
     return loss, jnp.argmax(logits) == example.label
 
 
-def _measure_all(
-    problem: Problem, params: nnx.State, at_once: int, examples: Examples
+def _measure_piece(
+    problem: Problem,
+    at_once: int,
+    examples: Examples,
+    start: jax.typing.ArrayLike,
+    first: jax.typing.ArrayLike,
+    params: nnx.State,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy, and the share that is recognised, over every example."""
+    """Sum of the cross-entropies, and how many are recognised, from `first` on.
+
+    The piece begins at `start`, so that the last piece is as long as the others.
+    """
+    count = min(IMAGES_IN_A_PIECE, len(examples.label))
+    piece = jax.tree.map(
+        lambda array: jax.lax.dynamic_slice_in_dim(array, start, count), examples
+    )
     loss, correct = jax.lax.map(
         functools.partial(_measure, problem, params),
-        examples,
-        batch_size=min(at_once, len(examples.label)),
+        piece,
+        batch_size=min(at_once, count),
     )
-    # XLA would multiply by 1/n, a constant: 0.92649996 for 9265 of 10 000.
-    count = jax.lax.optimization_barrier(jnp.float32(len(examples.label)))
-    return jnp.mean(loss), jnp.sum(correct) / count
+    is_new = jnp.arange(count) + start >= first
+    return jnp.sum(jnp.where(is_new, loss, 0.0)), jnp.sum(is_new & correct)
 
 
-def _evaluate(
+def _measure_rest(
     problem: Problem,
     settings: Settings,
-    dataset: Dataset,
-    at_once: int,
     member: Member,
     step: jax.Array,
     params: nnx.State,
-) -> Evaluation:
-    """One evaluation of one run."""
-    measure = functools.partial(_measure_all, problem, params, at_once)
-    training = evaluated_training_examples(dataset.training)
-    training_cross_entropy, _ = measure(training)
-    test_cross_entropy, test_accuracy = measure(dataset.test)
-    validation_cross_entropy = validation_accuracy = jnp.array(jnp.nan)
-    if dataset.validation is not None:
-        validation_cross_entropy, validation_accuracy = measure(dataset.validation)
-    penalty = l2_penalty(params, settings.l2)
+) -> tuple[jax.Array, jax.Array]:
+    """The penalty, and the learning rate of the step: what needs no images."""
     learning_rate = problem.schedule(member.learning_rate)
-    return Evaluation(
-        training_loss=training_cross_entropy + penalty,
-        training_cross_entropy=training_cross_entropy,
-        test_loss=test_cross_entropy + penalty,
-        test_cross_entropy=test_cross_entropy,
-        test_accuracy=test_accuracy,
-        validation_loss=validation_cross_entropy + penalty,
-        validation_accuracy=validation_accuracy,
-        learning_rate=jnp.asarray(
-            learning_rate(step) if callable(learning_rate) else learning_rate
-        ),
-    )
+    if callable(learning_rate):
+        learning_rate = learning_rate(step)
+    return l2_penalty(params, settings.l2), jnp.asarray(learning_rate)
 
 
 def _evaluated_at_once(settings: Settings, dataset: Dataset, members: int) -> int:
@@ -402,7 +399,55 @@ def advance(
     return _for_each_member(take_steps, members, state)
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "at_once"))
+def _measure_pieces(
+    problem: Problem,
+    at_once: int,
+    examples: Examples,
+    start: jax.typing.ArrayLike,
+    first: jax.typing.ArrayLike,
+    params: nnx.State,
+) -> tuple[jax.Array, jax.Array]:
+    """`_measure_piece` for every member."""
+    measure = functools.partial(
+        _measure_piece, problem, at_once, examples, start, first
+    )
+    return _for_each_member(measure, params)
+
+
 @functools.partial(jax.jit, static_argnames=("problem", "settings"))
+def _measure_rests(
+    problem: Problem,
+    settings: Settings,
+    members: Member,
+    step: jax.Array,
+    params: nnx.State,
+) -> tuple[jax.Array, jax.Array]:
+    """`_measure_rest` for every member."""
+    measure = functools.partial(_measure_rest, problem, settings)
+    return _for_each_member(measure, members, step, params)
+
+
+def _measure_all(
+    problem: Problem,
+    at_once: int,
+    examples: Examples,
+    params: nnx.State,
+    stop: Callable[[], bool],
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean cross-entropy, and the share that is recognised, over every example."""
+    count = len(examples.label)
+    sums = []
+    for first in range(0, count, IMAGES_IN_A_PIECE):
+        if stop():
+            return None
+        start = max(min(first, count - IMAGES_IN_A_PIECE), 0)
+        piece = _measure_pieces(problem, at_once, examples, start, first, params)
+        sums.append(jax.device_get(piece))
+    loss, correct = (np.array(column, np.float64) for column in zip(*sums, strict=True))
+    return loss.sum(axis=0) / count, correct.sum(axis=0) / count
+
+
 def evaluate(
     problem: Problem,
     settings: Settings,
@@ -410,7 +455,8 @@ def evaluate(
     members: Member,
     step: jax.Array,
     params: nnx.State,
-) -> Evaluation:
+    stop: Callable[[], bool] = bool,
+) -> Evaluation | None:
     """Losses and accuracy of every member.
 
     Args:
@@ -420,10 +466,35 @@ def evaluate(
       members: Step sizes and seeds, each `[members]`.
       step: Steps taken, `[members]`.
       params: Parameters of the group.
+      stop: Asked every 1000 images whether to give up; the default never does.
 
     Returns:
-      The evaluation.
+      The evaluation; None if it was given up.
     """
     at_once = _evaluated_at_once(settings, dataset, len(members.seed))
-    measure = functools.partial(_evaluate, problem, settings, dataset, at_once)
-    return _for_each_member(measure, members, step, params)
+    parts = [evaluated_training_examples(dataset.training), dataset.test]
+    if dataset.validation is not None:
+        parts.append(dataset.validation)
+    measured = []
+    for examples in parts:
+        means = _measure_all(problem, at_once, examples, params, stop)
+        if means is None:
+            return None
+        measured.append(means)
+    if dataset.validation is None:
+        measured.append((np.full(len(members.seed), np.nan),) * 2)
+    (training, _), (test, accuracy), (validation, validation_accuracy) = measured
+    penalty, learning_rate = jax.device_get(
+        _measure_rests(problem, settings, members, step, params)
+    )
+    columns = Evaluation(
+        training_loss=training + penalty,
+        training_cross_entropy=training,
+        test_loss=test + penalty,
+        test_cross_entropy=test,
+        test_accuracy=accuracy,
+        validation_loss=validation + penalty,
+        validation_accuracy=validation_accuracy,
+        learning_rate=learning_rate,
+    )
+    return Evaluation(*(column.astype(np.float32) for column in columns))

@@ -187,6 +187,16 @@ def _tuning_records(job: Job, method: Method) -> dict[int, Record]:
     return found
 
 
+def _missing_points(
+    method: Method, stable: Mapping[int, bool], first_guess: int
+) -> list[int]:
+    """The grid points to run next, with the method named where the search ends."""
+    try:
+        return missing_points(stable, first_guess)
+    except UserError as error:
+        raise UserError(f"{method.label} cannot be tuned. {error}") from error
+
+
 def _search(
     method: Method, records: Mapping[int, Record]
 ) -> tuple[dict[int, Record], list[int]]:
@@ -197,7 +207,7 @@ def _search(
     """
     first_guess = grid_point(method.first_guess)
     stable: dict[int, bool] = {}
-    while points := missing_points(stable, first_guess):
+    while points := _missing_points(method, stable, first_guess):
         if missing := [point for point in points if point not in records]:
             return {point: records[point] for point in stable}, missing
         stable |= {point: is_stable(records[point]) for point in points}

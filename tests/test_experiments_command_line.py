@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
@@ -21,15 +22,18 @@ import optax
 import pytest
 from matplotlib.image import imread
 
-from experiments import running
+from experiments import commands, running
 from experiments.command_line import COMMANDS, main
 from experiments.data import fingerprint
 from experiments.methods import FOUR_METHODS, METHODS, Method
 from experiments.problems import get_problem
-from experiments.records import Store
+from experiments.records import Store, config_from_json
 from experiments.studies import convergence
+from experiments.training import evaluate
+from experiments.tuning import step_size
 
 TRAIN = ["train", "digits", "--optimizer", "m_svag"]
+CHECKPOINTS = "digits/m_svag/unfinished/*/checkpoints"
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -140,7 +144,19 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
             ["train", "digits", "--optimizer", "optax.adm", "--learning-rate", "1"],
             "Optax has no 'optax.adm'. Did you mean 'optax.adam",
         ),
-        (["figure", "1", "--problems", "digits"], "`--problems` means nothing to"),
+        (["mnits"], "no command 'mnits'. Did you mean 'reproduce mnist'?"),
+        (
+            ["train", "digits", "--optimizer", "M-SVAG", "--learning-rate", "1"],
+            "no optimizer 'M-SVAG'. Did you mean 'm_svag'?",
+        ),
+        (
+            ["tune", "digits", "--optimizers", "optax.contrib.muonn"],
+            "Did you mean 'optax.contrib.muon'?",
+        ),
+        *(
+            (["figure", "1", *options], "Figure 1 shows no test problem")
+            for options in (["--problems", "digits"], ["--steps", "7"])
+        ),
         (["figure", "3", "--problems"], "`--problems` must be .* got nothing"),
         (["tune", "digits", "--optimizers"], "`--optimizers` must be .* got nothing"),
         (["table", "--optimizers", "adam", "adam"], "different names, got adam adam"),
@@ -176,7 +192,11 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
         ),
         *(
             ([*TRAIN, "--learning-rate", "1", *steps], "--evaluation-interval")
-            for steps in (["--steps", "30"], ["--steps", "0"], ["--steps", "-20"])
+            for steps in (["--steps", "30"], ["--evaluation-interval", "0"])
+        ),
+        *(
+            ([*TRAIN, "--learning-rate", "1", "--steps", n], f"at least 1, got {n}")
+            for n in ("0", "-20")
         ),
         (
             ["tune", "digits", "--tuning-steps", "30"],
@@ -316,6 +336,31 @@ def test_interrupt_after_the_last_step_keeps_the_record(tmp_path, monkeypatch):
     assert main(command) == 0
 
 
+@pytest.mark.parametrize(("evaluation", "checkpoints"), [(0, []), (1, ["10"])])
+def test_interrupt_ends_an_evaluation(evaluation, checkpoints, tmp_path, monkeypatch):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    runs = tmp_path / "runs"
+    evaluations = itertools.count()
+
+    def interrupted(*arguments, stop):
+        if next(evaluations) == evaluation:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments, stop=stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.running.evaluate", interrupted)
+        assert main([*command, str(runs)]) == 130
+    assert [path.name for path in runs.glob(f"{CHECKPOINTS}/*")] == checkpoints
+    assert main([*command, str(runs)]) == 0
+    whole, record = (
+        next(folder.glob("digits/m_svag/rate*"))
+        for folder in (tmp_path / "whole", runs)
+    )
+    assert lines_of(record) == lines_of(whole)
+    assert [line["step"] for line in lines_of(record)] == [0, 10, 20]
+
+
 def test_interrupt_ends_the_wait_for_another_process(tmp_path, monkeypatch, capsys):
     command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir", str(tmp_path)]
     locked, finished = threading.Event(), threading.Event()
@@ -383,7 +428,6 @@ def start_and_kill(command, runs, pattern):
     assert status == -signal.SIGKILL
 
 
-CHECKPOINTS = "digits/m_svag/unfinished/*/checkpoints"
 # What it has measured, and its arrays.
 CHECKPOINT_FILES = ("measured/metadata", "state/ocdbt.process_0/d/*")
 
@@ -617,6 +661,45 @@ def test_long_way_to_an_evaluation_is_taken_in_pieces(
     )
     assert lines_of(halves) == lines_of(whole)
     assert [line["step"] for line in lines_of(whole)] == [0, 300, 600]
+
+
+def test_methods_that_cannot_be_summed_up_are_left_out(smoke_runs, tmp_path, capsys):
+    shutil.copytree(smoke_runs, tmp_path, dirs_exist_ok=True)
+    records = tmp_path / "digits"
+    # Of another version of Optax, say.
+    shutil.copytree(records / "adam", records / "optax.former")
+    # One whose every step size is stable.
+    (harmless,) = records.glob("m_sgd/rate0.001_seed0_*")
+    config = json.loads((harmless / "config.json").read_text())
+    for point in range(-12, 19):
+        config |= {
+            "optimizer": "optax.contrib.cocob",
+            "learning_rate": step_size(point),
+        }
+        directory = Store(tmp_path).directory(config_from_json(config))
+        shutil.copytree(harmless, directory)
+        (directory / "config.json").write_text(json.dumps(config))
+    options = ["--smoke", "--runs-dir", str(tmp_path)]
+    summary = records / "summary_smoke.json"
+    summary.unlink()
+    capsys.readouterr()
+    assert main(["reproduce", "digits", "--optimizers", "m_ssd", *options]) == 0
+    said = capsys.readouterr().err
+    assert "Left out: Optax has no 'optax.former'" in said
+    assert "Left out: optax.contrib.cocob cannot be tuned. Every step size" in said
+    assert list(json.loads(summary.read_text())["methods"]) == list(FOUR_METHODS)
+    assert main(["curves", "digits", *options]) == 0
+    # Asked for, it is an error.
+    command = ["tune", "digits", "--optimizers", "optax.contrib.cocob"]
+    assert main([*command, *options]) == 2
+
+
+def test_names_of_many_methods_make_a_file_name(tmp_path):
+    names = [f"optax.{name}" for name in dir(optax)]
+    assert commands._joined(names[:2]) == "_".join(names[:2])
+    short = commands._joined(names)
+    assert len(short) < 40
+    assert short != commands._joined(names[1:])
 
 
 def test_run_by_hand_is_no_replication(smoke_runs, capsys):

@@ -115,6 +115,12 @@ def test_draft_of_a_killed_process_is_no_record(tmp_path, monkeypatch):
         ("evaluations.jsonl", lambda text: "5\n", "int"),
         # Lines that are whole, but not all of them.
         ("evaluations.jsonl", lambda text: first_lines(text, 1), "after step 0 of 20"),
+        ("evaluations.jsonl", lambda text: text.replace("0.1", '"x"', 1), "a number"),
+        (
+            "evaluations.jsonl",
+            lambda text: text.replace('"test_accuracy": 0.1', '"test_accuracy": null'),
+            "no test accuracy after step 0",
+        ),
         ("evaluations.jsonl", lambda text: first_lines(text, 2), "after step 10 of 20"),
         (
             "evaluations.jsonl",
@@ -145,6 +151,18 @@ def test_damaged_record_is_named(tmp_path, file, damage, reason):
         store.find(record.config)
     with pytest.raises(UserError, match="cannot be read"):
         store.records("digits", "m_sgd", SETTINGS)
+
+
+def test_remains_of_a_killed_process_are_cleared_away(tmp_path, monkeypatch):
+    store, record = Store(tmp_path), made_up_record()
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(record)
+    folder = store.folder("digits", "m_sgd")
+    assert list(folder.glob(".draft-*"))
+    with store.lock("digits", "m_sgd", print):
+        assert not list(folder.glob(".draft-*"))
 
 
 def test_copy_of_a_record_is_no_second_one(tmp_path):

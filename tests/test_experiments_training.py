@@ -139,6 +139,17 @@ def test_evaluation_is_over_every_test_image(problem, dataset):
     assert found.learning_rate[0] == np.float32(0.01)
 
 
+def test_evaluation_can_be_given_up_between_pieces(problem, dataset):
+    # 1 297 images are two pieces and 500 are one.
+    group = members([0.01], [0])
+    state = initialise(problem, get_method("m_sgd"), group)
+    arguments = problem, SETTINGS, dataset, group, state.step, state.params
+    answers = iter([False, False, True])
+    assert evaluate(*arguments, stop=lambda: next(answers)) is None
+    answers = iter([False, False, False])
+    assert evaluate(*arguments, stop=lambda: next(answers)) is not None
+
+
 def test_evaluation_in_pieces_is_the_same(problem, dataset, monkeypatch):
     # 1 297 and 500 are no multiples of 32.
     group = members([0.01, 0.01], [1, 2])
