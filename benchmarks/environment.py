@@ -4,9 +4,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import jax
+
+from experiments.records import processor
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 
@@ -18,18 +19,8 @@ def environment() -> dict[str, str | int]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count() or 0,
         "threads": len(os.sched_getaffinity(0)),
     }
-
-
-def _processor() -> str:
-    """The processor's name as the operating system gives it."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +89,8 @@ class Way(NamedTuple):
 
 
 Turn = Callable[[int], float]  # From a number of steps to the seconds of one.
+PRODUCT = "product of matrices"  # How fast the device is when nothing is in its way.
+_PRODUCT_SIZE = 2048
 
 
 def random_dataset(case: Case) -> Dataset:
@@ -114,10 +117,20 @@ def turns_in_jax(
     if case.augmented:
         bare = without_augmentation(problem)
         turns[Way("ours", False)] = OurLoop(bare, *arguments).turn
+    turns[Way(PRODUCT, case.augmented)] = multiply_matrices
     if members > 1:
         group = OurLoop(problem, *arguments, members)
         turns[Way("ours", case.augmented, members)] = group.turn
     return turns
+
+
+def multiply_matrices(steps: int) -> float:
+    """Seconds per product of two square matrices, in the precision of the loops."""
+    matrix = jnp.ones((_PRODUCT_SIZE, _PRODUCT_SIZE), jnp.float32)
+    start = time.perf_counter()
+    for _ in range(steps):
+        (matrix @ matrix).block_until_ready()
+    return (time.perf_counter() - start) / steps
 
 
 def turns_in_torch(
@@ -178,14 +191,17 @@ def to_rows(
     settings: Settings,
     seconds: dict[Way, list[float]],
     device: str,
+    in_jax: dict[str, Any],
+    in_torch: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """One row for every way to train."""
+    """One row for every way to train, with the environment that it was measured in."""
     flops = gradient_flops(problem, method, settings)
     rows = []
     for way, times in seconds.items():
         median = statistics.median(times)
         pairs = zip(times, seconds[Way("ours", way.augmented)], strict=True)
-        rate = way.members * flops / median
+        operations = 2 * _PRODUCT_SIZE**3 if way.loop == PRODUCT else flops
+        rate = way.members * operations / median
         rows.append(
             {
                 "problem": problem.name,
@@ -199,6 +215,7 @@ def to_rows(
                     number: rate / peak for number, peak in peaks(device).items()
                 },
                 "device": device,
+                "environment": in_torch if way.loop.startswith("torch") else in_jax,
                 "batch_size": settings.batch_size,
                 "rounds": len(times),
                 # What else the machine was doing belongs beside a time.
@@ -265,6 +282,8 @@ def main() -> None:
         parser.error(f"--torch has these methods only: {', '.join(IN_TORCH)}")
 
     process = TorchProcess(args.torch, IMAGES) if args.torch else None
+    in_torch = {} if process is None else process.environment
+    in_jax = environment() | {"flax": version("flax")}
     rows = []
     for name in args.problems:
         problem, method, case = get_problem(name), get_method(args.method), CASES[name]
@@ -275,27 +294,22 @@ def main() -> None:
         steps, rounds = (1, 1) if args.smoke else (case.steps, case.rounds)
         seconds = take_turns(turns, steps, args.rounds or rounds)
         device = jax.devices()[0].device_kind
-        rows += to_rows(problem, method, settings, seconds, device)
+        rows += to_rows(problem, method, settings, seconds, device, in_jax, in_torch)
     print(to_markdown(rows))
     if process is not None:
         process.close()
     if not args.smoke:
-        flax = {"flax": version("flax")}
-        report = {"environment": environment() | flax, "rows": rows}
-        if process is not None:
-            report["torch_environment"] = process.environment
-        write(report, args.output)
+        write(rows, args.output)
         print(f"\nWritten to {args.output}")
 
 
-def write(report: dict[str, Any], output: Path) -> None:
-    """Write a report; it replaces what an older one says of the same problems."""
-    older = json.loads(output.read_text()) if output.exists() else {"rows": []}
-    replaced = {_subject(row) for row in report["rows"]}
-    kept = [row for row in older["rows"] if _subject(row) not in replaced]
+def write(rows: list[dict[str, Any]], output: Path) -> None:
+    """Write rows; they replace what was measured of the same problems before."""
+    older = json.loads(output.read_text()) if output.exists() else []
+    replaced = {_subject(row) for row in rows}
+    kept = [row for row in older if _subject(row) not in replaced]
     output.parent.mkdir(parents=True, exist_ok=True)
-    merged = older | report | {"rows": kept + report["rows"]}
-    output.write_text(json.dumps(merged, indent=2) + "\n")
+    output.write_text(json.dumps(kept + rows, indent=2) + "\n")
 
 
 def _subject(row: dict[str, Any]) -> tuple[str, ...]:

@@ -210,6 +210,16 @@ def _git_commit() -> str | None:
     return result.stdout.strip()
 
 
+def processor() -> str:
+    """The processor's name as the operating system gives it."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def environment() -> dict[str, Any]:
     """Device, versions, command and date of what runs now."""
     return {
@@ -217,6 +227,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        "processor": processor(),
         "cpu_cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),

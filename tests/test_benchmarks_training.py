@@ -107,7 +107,7 @@ def rows_of(device):
         training.Way("plain", False): [3.0, 2.0, 2.0],
         training.Way("ours", False, members=10): [5.0, 5.0, 5.0],
     }
-    return training.to_rows(problem, method, problem.settings, seconds, device)
+    return training.to_rows(problem, method, problem.settings, seconds, device, {}, {})
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_rounds():
@@ -115,6 +115,33 @@ def test_a_ratio_is_the_median_of_the_ratios_within_rounds():
     assert [row["time_over_ours"] for row in (ours, plain, group)] == [1.0, 1.0, 2.5]
     assert plain["steps_per_second"] == 0.5
     assert group["milliseconds"] == 5000.0
+
+
+def test_a_product_of_matrices_has_its_own_operations():
+    problem, method = get_problem("mnist"), get_method("m_sgd")
+    seconds = {
+        training.Way("ours", False): [1.0],
+        training.Way(training.PRODUCT, False): [2.0],
+    }
+    _, row = training.to_rows(problem, method, problem.settings, seconds, "cpu", {}, {})
+    assert row["gigaflops_per_second"] == pytest.approx(2048**3 / 1e9)
+    assert training.multiply_matrices(1) > 0
+
+
+def test_a_row_has_the_environment_of_its_loop():
+    problem, method = get_problem("mnist"), get_method("m_sgd")
+    ways = training.Way("ours", False), training.Way("torch, channels last", False)
+    ours, other = training.to_rows(
+        problem,
+        method,
+        problem.settings,
+        {way: [1.0] for way in ways},
+        "cpu",
+        {"jax": "1"},
+        {"torch": "2"},
+    )
+    assert ours["environment"] == {"jax": "1"}
+    assert other["environment"] == {"torch": "2"}
 
 
 def test_the_peak_of_a_known_accelerator():
@@ -143,10 +170,9 @@ def test_a_report_replaces_what_was_measured_before(tmp_path):
     old = {"device": "cpu", "problem": "mnist", "method": "m_sgd", "loop": "torch"}
     other = old | {"problem": "cifar10"}
     new = old | {"loop": "ours"}
-    training.write({"torch_environment": {}, "rows": [old, other]}, output)
-    training.write({"rows": [new]}, output)
-    written = json.loads(output.read_text())
-    assert written == {"torch_environment": {}, "rows": [other, new]}
+    training.write([old, other], output)
+    training.write([new], output)
+    assert json.loads(output.read_text()) == [other, new]
 
 
 def test_smoke(monkeypatch, capsys, tmp_path):
@@ -158,6 +184,7 @@ def test_smoke(monkeypatch, capsys, tmp_path):
     assert [row.split(" | ")[2:5] for row in rows] == [
         ["ours", "no", "1"],
         ["plain", "no", "1"],
+        ["product of matrices", "no", "1"],
         ["ours", "no", "2"],
     ]
     assert header.count("|") == rows[0].count("|")
