@@ -14,18 +14,13 @@ import numpy as np
 from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
 from experiments.data import Dataset, fingerprint, first_images, hold_out
+from experiments.evaluation import Evaluation, evaluate
 from experiments.group_size import group_size
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 from experiments.progress import Monitor
 from experiments.records import Measurement, Record, RunConfig, Store, environment
-from experiments.training import (
-    Evaluation,
-    Member,
-    advance,
-    evaluate,
-    initialise,
-)
+from experiments.training import Member, advance, initialise
 
 # Between two calls are progress, checkpoints and Ctrl-C.
 _LONGEST_CALL = 5.0  # Seconds.

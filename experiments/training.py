@@ -1,40 +1,25 @@
 """The training loop of every problem: vmapped over runs, looped over steps, jitted.
 
 A group of runs of one method differs in step size and seed only and is one program.
-`advance` takes the group some steps on, `evaluate` measures it; between the two lie
-progress and checkpoints. What a run needs to go on is its `TrainState`, one tree of
-arrays; everything random in it follows from the seed and the number of the step, so a
-run that is resumed, or that has other neighbours in its group, is the same run.
+`advance` takes the group some steps on. What a run needs to go on is its `TrainState`,
+one tree of arrays; everything random in it follows from the seed and the number of the
+step, so a run that is resumed, or that has other neighbours in its group, is the same
+run.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from dissect_optax import value_grad_and_variance
-from experiments.data import (
-    Dataset,
-    Examples,
-    evaluated_training_examples,
-    sample_batch,
-)
+from experiments.data import Dataset, sample_batch
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
-
-# So many numbers in the images that a CPU evaluates at once, together for all members:
-# 50 images of CIFAR. Of All-CNN-C, 250 need 1.8 GB and half as much time again.
-_ENTRIES_EVALUATED_AT_ONCE = 50 * 32 * 32 * 3
-
-
-# An evaluation can be given up between two pieces.
-IMAGES_IN_A_PIECE = 1000
 
 
 class Member(NamedTuple):
@@ -50,24 +35,6 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, the number of steps taken
     params: nnx.State
     optimizer_state: optax.OptState
-
-
-class Evaluation(NamedTuple):
-    """One evaluation; arrays are float32 `[members]`.
-
-    A loss is the mean cross-entropy plus the L2 penalty. It is measured without
-    dropout and augmentation, over the whole test set. Without a validation set, its
-    values are not a number.
-    """
-
-    training_loss: np.ndarray
-    training_cross_entropy: np.ndarray
-    test_loss: np.ndarray
-    test_cross_entropy: np.ndarray
-    test_accuracy: np.ndarray
-    validation_loss: np.ndarray
-    validation_accuracy: np.ndarray
-    learning_rate: np.ndarray
 
 
 class _Input(NamedTuple):
@@ -110,7 +77,7 @@ def _network_structure(problem: Problem) -> nnx.GraphDef:
     return structure
 
 
-def _logits(
+def logits(
     problem: Problem,
     params: nnx.State,
     inputs: jax.Array,
@@ -154,9 +121,9 @@ def _initial_state(
 
 def _loss(problem: Problem, params: nnx.State, inputs: _Input) -> jax.Array:
     """Cross-entropy of one example, or its mean over a mini-batch."""
-    logits = _logits(problem, params, inputs.values, inputs.dropout_key)
+    scores = logits(problem, params, inputs.values, inputs.dropout_key)
     return jnp.mean(
-        optax.losses.softmax_cross_entropy_with_integer_labels(logits, inputs.label)
+        optax.losses.softmax_cross_entropy_with_integer_labels(scores, inputs.label)
     )
 
 
@@ -230,63 +197,6 @@ def _advance(
     return jax.lax.fori_loop(0, steps, body, state)
 
 
-def _measure(
-    problem: Problem, params: nnx.State, example: Examples
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of one example, and whether it is recognised."""
-    logits = _logits(problem, params, problem.test_input(example.image))
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, example.label)
-    return loss, jnp.argmax(logits) == example.label
-
-
-def _measure_piece(
-    problem: Problem,
-    at_once: int,
-    examples: Examples,
-    start: jax.typing.ArrayLike,
-    first: jax.typing.ArrayLike,
-    params: nnx.State,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the cross-entropies, and how many are recognised, from `first` on.
-
-    The piece begins at `start`, so that the last piece is as long as the others.
-    """
-    count = min(IMAGES_IN_A_PIECE, len(examples.label))
-    piece = jax.tree.map(
-        lambda array: jax.lax.dynamic_slice_in_dim(array, start, count), examples
-    )
-    loss, correct = jax.lax.map(
-        functools.partial(_measure, problem, params),
-        piece,
-        batch_size=min(at_once, count),
-    )
-    is_new = jnp.arange(count) + start >= first
-    return jnp.sum(jnp.where(is_new, loss, 0.0)), jnp.sum(is_new & correct)
-
-
-def _measure_rest(
-    problem: Problem,
-    settings: Settings,
-    member: Member,
-    step: jax.Array,
-    params: nnx.State,
-) -> tuple[jax.Array, jax.Array]:
-    """The penalty, and the learning rate of the step: what needs no images."""
-    learning_rate = problem.schedule(member.learning_rate)
-    if callable(learning_rate):
-        learning_rate = learning_rate(step)
-    return l2_penalty(params, settings.l2), jnp.asarray(learning_rate)
-
-
-def _evaluated_at_once(settings: Settings, dataset: Dataset, members: int) -> int:
-    """Examples of one member in one piece of an evaluation."""
-    if jax.default_backend() == "cpu":
-        entries = members * math.prod(dataset.test.image.shape[1:])
-        return max(_ENTRIES_EVALUATED_AT_ONCE // entries, 1)
-    # Where a step is taken there is room for as many.
-    return settings.batch_size
-
-
 def lower_gradient(
     problem: Problem, method: Method, settings: Settings, image_shape: tuple[int, ...]
 ) -> tuple[jax.stages.Lowered, nnx.State]:
@@ -317,7 +227,7 @@ def lower_gradient(
 # ---- A group of runs: one compiled program each -----------------------------------
 
 
-def _for_each_member(function: Callable[..., Any], *group: Any) -> Any:
+def for_each_member(function: Callable[..., Any], *group: Any) -> Any:
     """The function of every member."""
     if len(jax.tree.leaves(group)[0]) > 1:
         return jax.vmap(function)(*group)
@@ -396,105 +306,4 @@ def advance(
       The new state. A member that diverges does not touch the others.
     """
     take_steps = functools.partial(_advance, problem, method, settings, steps, dataset)
-    return _for_each_member(take_steps, members, state)
-
-
-@functools.partial(jax.jit, static_argnames=("problem", "at_once"))
-def _measure_pieces(
-    problem: Problem,
-    at_once: int,
-    examples: Examples,
-    start: jax.typing.ArrayLike,
-    first: jax.typing.ArrayLike,
-    params: nnx.State,
-) -> tuple[jax.Array, jax.Array]:
-    """`_measure_piece` for every member."""
-    measure = functools.partial(
-        _measure_piece, problem, at_once, examples, start, first
-    )
-    return _for_each_member(measure, params)
-
-
-@functools.partial(jax.jit, static_argnames=("problem", "settings"))
-def _measure_rests(
-    problem: Problem,
-    settings: Settings,
-    members: Member,
-    step: jax.Array,
-    params: nnx.State,
-) -> tuple[jax.Array, jax.Array]:
-    """`_measure_rest` for every member."""
-    measure = functools.partial(_measure_rest, problem, settings)
-    return _for_each_member(measure, members, step, params)
-
-
-def _measure_all(
-    problem: Problem,
-    at_once: int,
-    examples: Examples,
-    params: nnx.State,
-    stop: Callable[[], bool],
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean cross-entropy, and the share that is recognised, over every example."""
-    count = len(examples.label)
-    sums = []
-    for first in range(0, count, IMAGES_IN_A_PIECE):
-        if stop():
-            return None
-        start = max(min(first, count - IMAGES_IN_A_PIECE), 0)
-        piece = _measure_pieces(problem, at_once, examples, start, first, params)
-        sums.append(jax.device_get(piece))
-    loss, correct = (np.array(column, np.float64) for column in zip(*sums, strict=True))
-    return loss.sum(axis=0) / count, correct.sum(axis=0) / count
-
-
-def evaluate(
-    problem: Problem,
-    settings: Settings,
-    dataset: Dataset,
-    members: Member,
-    step: jax.Array,
-    params: nnx.State,
-    stop: Callable[[], bool] = bool,
-) -> Evaluation | None:
-    """Losses and accuracy of every member.
-
-    Args:
-      problem: The test problem.
-      settings: L2 strength.
-      dataset: The data, on the device.
-      members: Step sizes and seeds, each `[members]`.
-      step: Steps taken, `[members]`.
-      params: Parameters of the group.
-      stop: Asked every 1000 images whether to give up; the default never does.
-
-    Returns:
-      The evaluation; None if it was given up.
-    """
-    at_once = _evaluated_at_once(settings, dataset, len(members.seed))
-    parts = [evaluated_training_examples(dataset.training), dataset.test]
-    if dataset.validation is not None:
-        parts.append(dataset.validation)
-    measured = []
-    for examples in parts:
-        means = _measure_all(problem, at_once, examples, params, stop)
-        if means is None:
-            return None
-        measured.append(means)
-    if dataset.validation is None:
-        measured.append((np.full(len(members.seed), np.nan),) * 2)
-    (training, _), (test, accuracy), (validation, validation_accuracy) = measured
-    penalty, learning_rate = jax.device_get(
-        _measure_rests(problem, settings, members, step, params)
-    )
-    columns = Evaluation(
-        training_loss=training + penalty,
-        training_cross_entropy=training,
-        test_loss=test + penalty,
-        test_cross_entropy=test,
-        test_accuracy=accuracy,
-        validation_loss=validation + penalty,
-        validation_accuracy=validation_accuracy,
-        learning_rate=learning_rate,
-    )
-    return Evaluation(*(column.astype(np.float32) for column in columns))
+    return for_each_member(take_steps, members, state)

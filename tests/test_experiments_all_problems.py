@@ -11,10 +11,11 @@ from matplotlib.image import imread
 
 from experiments.command_line import main
 from experiments.data import Dataset, first_images
+from experiments.evaluation import evaluate
 from experiments.methods import FOUR_METHODS, METHODS
 from experiments.problems import get_problem
 from experiments.records import Store, config_from_json
-from experiments.training import Member, advance, evaluate, initialise
+from experiments.training import Member, advance, initialise
 from experiments.tuning import is_stable
 
 DOWNLOADED = ("mnist", "cifar10", "cifar100")

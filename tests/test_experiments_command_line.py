@@ -25,11 +25,11 @@ from matplotlib.image import imread
 from experiments import commands, running
 from experiments.command_line import COMMANDS, main
 from experiments.data import fingerprint
+from experiments.evaluation import evaluate
 from experiments.methods import FOUR_METHODS, METHODS, Method
 from experiments.problems import get_problem
 from experiments.records import Store, config_from_json
 from experiments.studies import convergence
-from experiments.training import evaluate
 from experiments.tuning import step_size
 
 TRAIN = ["train", "digits", "--optimizer", "m_svag"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from experiments.data import Dataset, Examples, sample_batch
+from experiments.evaluation import evaluate
 from experiments.methods import get_method
 from experiments.problems import PROBLEMS, Settings, get_problem
-from experiments.training import Member, advance, evaluate, initialise, l2_penalty
+from experiments.training import Member, advance, initialise, l2_penalty
 
 SETTINGS = Settings(steps=20, batch_size=8, l2=0.02, evaluation_interval=10)
 
@@ -156,7 +157,7 @@ def test_evaluation_in_pieces_is_the_same(problem, dataset, monkeypatch):
     state = initialise(problem, get_method("m_sgd"), group)
     whole = evaluate(problem, SETTINGS, dataset, group, state.step, state.params)
     # 32 of each of the two members, whose images have 64 entries.
-    monkeypatch.setattr("experiments.training._ENTRIES_EVALUATED_AT_ONCE", 64 * 64)
+    monkeypatch.setattr("experiments.evaluation._ENTRIES_EVALUATED_AT_ONCE", 64 * 64)
     other = dataclasses.replace(SETTINGS, steps=40)  # Another compilation.
     pieces = evaluate(problem, other, dataset, group, state.step, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), whole, pieces)
