@@ -2,7 +2,7 @@
 
 Section     §4 and §A; what the paper leaves out from DeepOBS 1.1.2's `cifar10_3c3d`
 Command     python -m experiments reproduce cifar10
-Time        on two CPU cores 0.24 s a step; the protocol wants an accelerator
+Time        on two CPU cores 0.27 s a step; the protocol wants an accelerator
 Result      not run whole yet; 300 steps in experiments/results/cifar10_300_steps.json
 
 Data        50 000 training and 10 000 test images of 32×32 pixels in red, green and

@@ -2,7 +2,7 @@
 
 Section     §4 and §A; what the paper leaves out from DeepOBS 1.1.2's `cifar100_allcnnc`
 Command     python -m experiments reproduce cifar100
-Time        on two CPU cores 3.4 s a step; the protocol wants an accelerator
+Time        on two CPU cores 3.5 s a step; the protocol wants an accelerator
 Result      not run whole yet; 200 steps in experiments/results/cifar100_200_steps.json
 
 Data        50 000 training and 10 000 test images of 32×32 pixels in red, green and
