@@ -7,7 +7,7 @@ import platform
 
 import jax
 
-from experiments.records import processor
+from experiments.environment import processor
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 

@@ -13,6 +13,7 @@ the same arrays, so its records are the same to the last bit (but for the second
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -111,7 +112,10 @@ def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]
         with _damage_named(path.parent):
             content = json.loads(path.read_text())
             configs = tuple(config_from_json(config) for config in content["configs"])
-            groups.append(Group(configs, content["size"], content["data"]))
+            group = Group(configs, content["size"], content["data"])
+            if not 1 <= len(configs) <= group.size:
+                raise ValueError(f"{len(configs)} runs, expected 1 to {group.size}")
+            groups.append(group)
     return groups
 
 
@@ -133,10 +137,12 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
     evaluations: Sequence[list[dict[str, float | None]]] = [
         [measurement_to_json(line) for line in lines] for lines in progress.evaluations
     ]
+    content = _to_bytes(progress.state)
     measured = {
         "seconds": progress.seconds,
         "evaluations": evaluations,
         "layout": _layout(progress.state),
+        "digest": _digest(content),
     }
     folder = (_folder(store, group) / "checkpoints").absolute()
     with (
@@ -153,14 +159,14 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
         manager.save(
             progress.step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave({"bytes": _to_bytes(progress.state)}),
+                state=ocp.args.StandardSave({"bytes": content}),
                 measured=ocp.args.JsonSave(measured),
             ),
         )
 
 
 def _require_space(folder: Path, state: TrainState) -> None:
-    """Raises before anything is written when the disk has no room for the state."""
+    """Raises before any of the state is written when the disk has no room for it."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -190,6 +196,11 @@ def _to_bytes(state: TrainState) -> np.ndarray:
     """
     parts = [_numbers(leaf) for leaf in jax.tree.leaves(state)]
     return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+
+
+def _digest(content: np.ndarray) -> str:
+    """What tells these bytes from others: most storage keeps them, not all."""
+    return hashlib.sha256(content.data).hexdigest()
 
 
 def _from_bytes(content: np.ndarray, template: TrainState) -> TrainState:
@@ -254,15 +265,17 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
             content = manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
             ).state["bytes"]
-    return GroupProgress(
-        state=_from_bytes(content, template),
-        step=step,
-        seconds=measured["seconds"],
-        evaluations=[
-            [measurement_from_json(line) for line in lines]
-            for lines in measured["evaluations"]
-        ],
-    )
+            if measured["digest"] != _digest(content):
+                raise ValueError("its numbers are not those that were written")
+            return GroupProgress(
+                state=_from_bytes(content, template),
+                step=step,
+                seconds=float(measured["seconds"]),
+                evaluations=[
+                    [measurement_from_json(line) for line in lines]
+                    for lines in measured["evaluations"]
+                ],
+            )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C: it ends a command at once, or while a group trains after these steps.
+"""Ctrl-C: it ends a command at once, or a group that trains after some steps or images.
 
 An exception from a signal handler is lost when the signal arrives in a callback of
 JAX, as it often does while a program is compiled. So every Ctrl-C is noted, and
@@ -82,4 +82,4 @@ def _note(number: int, frame: FrameType | None) -> None:
     del frame
     _arrived.set()
     signal.signal(number, _note_and_raise)
-    print("\nStopping after these steps. Ctrl-C again stops at once.", file=sys.stderr)
+    print("\nStopping in a moment. Ctrl-C again stops at once.", file=sys.stderr)

@@ -91,11 +91,11 @@ class GroupReport:
         self._start = time.perf_counter()
         self.news = ""
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, newest: Sequence[Measurement]) -> None:
         """Starts the clock at this step, where an earlier process stopped or at 0."""
         self._first_step = step
         self._start = time.perf_counter()
-        self._bar.update(self._task, completed=step)
+        self._show(step, newest, rate="…")
 
     def __call__(self, step: int, newest: Sequence[Measurement]) -> None:
         """Shows how far the group is.
@@ -104,6 +104,11 @@ class GroupReport:
           step: Steps taken.
           newest: The last measurement of every run.
         """
+        rate = (step - self._first_step) / (time.perf_counter() - self._start)
+        self._show(step, newest, f"{rate:.0f}" if rate >= 100 else f"{rate:.2g}")
+
+    def _show(self, step: int, newest: Sequence[Measurement], rate: str) -> None:
+        """Brings the bar up to date."""
         alive = [line for line in newest if math.isfinite(line.training_loss)]
         best = ""
         if alive:
@@ -111,8 +116,6 @@ class GroupReport:
             accuracy = max(line.test_accuracy for line in alive)
             best = "best " if len(newest) > 1 else ""
             best += f"loss {loss:.3g}, acc. {accuracy:.1%}"
-        rate = (step - self._first_step) / (time.perf_counter() - self._start)
-        shown_rate = f"{rate:.0f}" if rate >= 100 else f"{rate:.2g}"
-        self._bar.update(self._task, completed=step, rate=shown_rate, news=best)
+        self._bar.update(self._task, completed=step, rate=rate, news=best)
         runs = "1 run" if len(newest) == 1 else f"{len(newest)} runs"
         self.news = f"{runs}, {len(newest) - len(alive)} diverged; {best}"

@@ -12,42 +12,21 @@ exists is a finished run and is not run again. The name ends with a digest of
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
-
-import dissect_optax
 from experiments.errors import UserError
 from experiments.locks import only_process
 from experiments.problems.problem import Settings
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "optax",
-    "flax",
-    "numpy",
-    "tensorflow-datasets",
-    "dm-pix",
-)
-
-
-_DRAFT = ".draft-"  # So begin the names of records that are being written.
+DRAFT_PREFIX = ".draft-"  # So begin the names of records that are being written.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +56,8 @@ class Measurement:
 
     A loss includes the L2 penalty, a cross-entropy does not. A value that was not
     finite, or of a validation set that there is not, is NaN here and null in the file.
-    Seconds count from the group's first step and hold for the whole group, compilation
-    included.
+    Seconds count from the group's beginning and hold for the whole group, compilation
+    and evaluations included.
     """
 
     step: int
@@ -193,50 +172,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-@functools.cache
-def _git_commit() -> str | None:
-    """Commit of the source tree, marked when files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(
-            describe,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def processor() -> str:
-    """The processor's name as the operating system gives it."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def environment() -> dict[str, Any]:
-    """Device, versions, command and date of what runs now."""
-    return {
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "processor": processor(),
-        "cpu_cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "commit": _git_commit(),
-        "dissect_optax": dissect_optax.__version__,
-        **{package: importlib.metadata.version(package) for package in _PACKAGES},
-    }
-
-
 # ---- The directory of records -----------------------------------------------------
 
 
@@ -342,7 +277,7 @@ class Store:
         """Adds a finished run; does nothing when it is there already."""
         directory = self.directory(record.config)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=_DRAFT))
+        draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=DRAFT_PREFIX))
         draft.chmod(0o755)
         lines = [json.dumps(measurement_to_json(line)) for line in record.evaluations]
         _write_whole(draft / "config.json", to_text(config_to_json(record.config)))
@@ -371,7 +306,7 @@ class Store:
         news = f"Another process works in {folder}; waiting for it to finish."
         with only_process(folder / ".lock", say, news):
             # Of processes that were killed while they wrote.
-            for draft in folder.glob(f"{_DRAFT}*"):
+            for draft in folder.glob(f"{DRAFT_PREFIX}*"):
                 shutil.rmtree(draft, ignore_errors=True)
             yield
 

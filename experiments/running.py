@@ -14,12 +14,13 @@ import numpy as np
 from experiments import checkpoints, interrupts
 from experiments.checkpoints import Group, GroupProgress
 from experiments.data import Dataset, fingerprint, first_images, hold_out
+from experiments.environment import environment
 from experiments.evaluation import Evaluation, evaluate
 from experiments.group_size import group_size
 from experiments.methods import Method
 from experiments.problems.problem import Problem, Settings
 from experiments.progress import Monitor
-from experiments.records import Measurement, Record, RunConfig, Store, environment
+from experiments.records import Measurement, Record, RunConfig, Store
 from experiments.training import Member, advance, initialise
 
 # Between two calls are progress, checkpoints and Ctrl-C.
@@ -154,6 +155,11 @@ def _alive(progress: GroupProgress) -> list[int]:
     ]
 
 
+def _newest(progress: GroupProgress) -> list[Measurement]:
+    """The last measurement of every run."""
+    return [lines[-1] for lines in progress.evaluations]
+
+
 def _is_evaluated(progress: GroupProgress) -> bool:
     """Whether there are measurements of where the group is."""
     return any(
@@ -226,9 +232,9 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
         progress = _begin(job, method, group, members)
         last_save = time.perf_counter()
         started = last_save - progress.seconds
-        report.begin(progress.step)
         # Nothing is lost yet.
         interrupts.check()
+        report.begin(progress.step, _newest(progress))
         while progress.step < settings.steps and _alive(progress):
             called = time.perf_counter()
             steps = min(at_a_time, interval - progress.step % interval)
@@ -248,7 +254,7 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
             progress.seconds = time.perf_counter() - started
             if progress.step % interval == 0:
                 _add_evaluation(job, members, progress, started)
-            report(progress.step, [lines[-1] for lines in progress.evaluations])
+            report(progress.step, _newest(progress))
             due = time.perf_counter() - last_save >= job.checkpoint_seconds
             if due or interrupts.arrived():
                 checkpoints.save(job.store, group, progress)

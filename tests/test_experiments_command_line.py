@@ -296,12 +296,13 @@ def test_interrupt_loses_nothing_and_says_how_to_go_on(
     begun_at = []
     interrupt_at_first_news(command)
     said = capsys.readouterr().err
-    assert "Stopping after these steps" in said
+    assert "Stopping in a moment" in said
     assert "The same command goes on" in said
     assert said.rstrip().endswith(shlex.join(["python", "-m", "experiments", *command]))
 
     monkeypatch.setattr(
-        "experiments.progress.GroupReport.begin", lambda _, step: begun_at.append(step)
+        "experiments.progress.GroupReport.begin",
+        lambda _, step, newest: begun_at.append(step),
     )
     assert main(command) == 0
     assert begun_at == [1]
@@ -429,7 +430,7 @@ def start_and_kill(command, runs, pattern):
 
 
 # What it has measured, and its arrays.
-CHECKPOINT_FILES = ("measured/metadata", "state/ocdbt.process_0/d/*")
+MEASURED, ARRAYS = "measured/metadata", "state/ocdbt.process_0/d/*"
 
 
 @pytest.mark.parametrize(
@@ -462,7 +463,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_record(
     first_steps = []
     monkeypatch.setattr(
         "experiments.progress.GroupReport.begin",
-        lambda _, step: first_steps.append(step),
+        lambda _, step, newest: first_steps.append(step),
     )
     assert main([*command, "--runs-dir", str(runs)]) == 0
     assert first_steps == [last_checkpoint]
@@ -498,7 +499,7 @@ def test_ctrl_c_ends_a_process_that_says_how_to_go_on(tmp_path):
         command, tmp_path, f"{CHECKPOINTS}/*", signal.SIGINT
     )
     assert status == 130
-    assert "Stopping after these steps." in errors
+    assert "Stopping in a moment." in errors
     assert "The same command goes on" in errors
     assert shlex.join(command) in errors
 
@@ -529,18 +530,41 @@ def unfinished_run(command, runs, monkeypatch):
     return checkpoint
 
 
+def cut_off(content):
+    return content[:3]
+
+
+def one_bit_changed(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :]
+
+
+def replaced(old, new):
+    return lambda content: re.sub(old, new, content, count=1)
+
+
 @pytest.mark.parametrize(
-    "file",
-    ["group.json", *(f"checkpoints/20/{name}" for name in CHECKPOINT_FILES)],
+    ("file", "damage"),
+    [
+        ("group.json", cut_off),
+        ("group.json", replaced(rb'"size": \d+', b'"size": null')),
+        ("group.json", replaced(rb"(?s)\[.*\]", b"[]")),
+        (f"checkpoints/20/{MEASURED}", cut_off),
+        (f"checkpoints/20/{MEASURED}", replaced(b"seconds", b"sexonds")),
+        (f"checkpoints/20/{MEASURED}", replaced(rb'_loss": [\d.]+', b'_loss": "x"')),
+        (f"checkpoints/20/{ARRAYS}", cut_off),
+        (f"checkpoints/20/{ARRAYS}", one_bit_changed),
+    ],
 )
-def test_damaged_checkpoint_is_named(file, tmp_path, monkeypatch, capsys):
+def test_damaged_checkpoint_is_named(file, damage, tmp_path, monkeypatch, capsys):
     command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir"]
     command.append(str(tmp_path))
     checkpoint = unfinished_run(command, tmp_path, monkeypatch)
-    damaged = list(checkpoint.glob(file))
-    assert damaged
-    for path in damaged:
-        os.truncate(path, 3)
+    # Orbax keeps its own small files in the same folder.
+    damaged = max(checkpoint.glob(file), key=lambda path: path.stat().st_size)
+    content = damaged.read_bytes()
+    assert damage(content) != content
+    damaged.write_bytes(damage(content))
     capsys.readouterr()
     assert main(command) == 2
     message = capsys.readouterr().err.strip()
@@ -549,6 +573,17 @@ def test_damaged_checkpoint_is_named(file, tmp_path, monkeypatch, capsys):
     assert "\n" not in message
     shutil.rmtree(checkpoint)
     assert main(command) == 0
+
+
+def test_run_that_is_resumed_after_its_last_step_has_news(
+    tmp_path, monkeypatch, capsys
+):
+    command = [*TRAIN, "--learning-rate", "0.3", "--smoke", "--runs-dir"]
+    command.append(str(tmp_path))
+    unfinished_run(command, tmp_path, monkeypatch)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 run, 0 diverged; loss" in capsys.readouterr().err
 
 
 def test_checkpoint_of_another_optimizer_is_named(tmp_path, monkeypatch, capsys):
@@ -651,7 +686,8 @@ def test_long_way_to_an_evaluation_is_taken_in_pieces(
     begun_at = []
     interrupt_at_first_news([*command, str(tmp_path / "halves")])
     monkeypatch.setattr(
-        "experiments.progress.GroupReport.begin", lambda _, step: begun_at.append(step)
+        "experiments.progress.GroupReport.begin",
+        lambda _, step, newest: begun_at.append(step),
     )
     assert main([*command, str(tmp_path / "halves")]) == 0
     assert begun_at == [1]

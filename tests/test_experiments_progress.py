@@ -27,7 +27,7 @@ def test_a_bar_has_room_for_everything_in_80_columns(terminal, monkeypatch):
     monkeypatch.setattr("time.perf_counter", iter(range(1000)).__next__)
     title = "M-SVAG-mb, tuning, step sizes 0.006 to 600, seeds 1 to 10"
     with Monitor(terminal).group(title, 60_000) as report:
-        report.begin(0)
+        report.begin(0, [measurement(2.5, 0.1)])
         report(20_000, [measurement(12.345, 0.875), measurement(math.nan, 0.1)])
         report._bar.refresh()
     *lines, last = CONTROL.sub("", terminal.file.getvalue()).splitlines()
@@ -45,7 +45,7 @@ def test_a_bar_has_room_for_everything_in_80_columns(terminal, monkeypatch):
 def test_what_is_no_terminal_gets_the_closing_line_only():
     console = Console(file=io.StringIO(), force_terminal=False, width=80)
     with Monitor(console).group("ADAM, seed 1", 20) as report:
-        report.begin(0)
+        report.begin(0, [measurement(2.5, 0.1)])
         report(10, [measurement(1.5, 0.5)])
         report(20, [measurement(1.25, 0.75)])
     (line,) = console.file.getvalue().splitlines()

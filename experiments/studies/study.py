@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import interrupts
+from experiments.environment import environment
 from experiments.records import (
+    DRAFT_PREFIX,
     StudyRecord,
     digest,
-    environment,
     to_text,
     write_atomically,
 )
@@ -76,7 +77,7 @@ def _write(
 ) -> None:
     """Adds a finished record, which appears under its name when it is complete."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".draft-"))
+    draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=DRAFT_PREFIX))
     draft.chmod(0o755)
     lines = "".join(json.dumps(result) + "\n" for result in results)
     write_atomically(draft / "config.json", to_text(config))
