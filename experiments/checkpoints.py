@@ -155,7 +155,7 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
             ),
         ) as manager,
     ):
-        _require_space(folder, progress.state)
+        _require_space(folder, content.nbytes)
         manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -165,9 +165,8 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
         )
 
 
-def _require_space(folder: Path, state: TrainState) -> None:
+def _require_space(folder: Path, needed: int) -> None:
     """Raises before any of the state is written when the disk has no room for it."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

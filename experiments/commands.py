@@ -26,6 +26,7 @@ from experiments.methods import (
     get_method,
     makes_optimizers,
 )
+from experiments.paths import expand_home
 from experiments.problems import PROBLEMS, Problem, Settings, get_problem
 from experiments.progress import Monitor
 from experiments.records import (
@@ -77,9 +78,7 @@ class Options:
     """A few steps, two seeds: a minute or two, mostly to compile. No test of Adam."""
 
     def __post_init__(self) -> None:
-        # A shell leaves `--runs-dir=~/runs` as it is. Without such a user, so do we.
-        with contextlib.suppress(RuntimeError):
-            object.__setattr__(self, "runs_dir", self.runs_dir.expanduser())
+        object.__setattr__(self, "runs_dir", expand_home(self.runs_dir))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from experiments.data import Dataset, Examples
 from experiments.errors import UserError, first_line
 from experiments.image_archives import Half, cifar_half, files_of, mnist_halves
 from experiments.locks import only_process
+from experiments.paths import expand_home
 
 # TensorFlow Datasets and what comes with it are imported late: that takes two seconds,
 # and problems that bring their data do not need them.
@@ -59,12 +60,7 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
 
     # It reports there on its housekeeping, and recommends another decoder of images.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    root = Path(data_dir or tfds.core.constants.DATA_DIR)
-    with contextlib.suppress(
-        RuntimeError
-    ):  # There is no such user: a name like others.
-        root = root.expanduser()
-    root = root.absolute()
+    root = expand_home(Path(data_dir or tfds.core.constants.DATA_DIR)).absolute()
     directory = root / name / str(tfds.builder_cls(name).VERSION)
     try:
         if not _exists(directory):

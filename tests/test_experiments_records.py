@@ -94,13 +94,17 @@ def test_finished_record_is_not_replaced(tmp_path):
     assert len(os.listdir(store.directory(record.config).parent)) == 1
 
 
-def test_draft_of_a_killed_process_is_no_record(tmp_path, monkeypatch):
-    store, record = Store(tmp_path), made_up_record()
+def write_and_die(store, record, monkeypatch):
+    """As if killed when all is written and nothing is in its place yet."""
     with monkeypatch.context() as patch:
-        # As if killed when all is written and nothing is in its place yet.
         patch.setattr("pathlib.Path.rename", die)
         with pytest.raises(KeyboardInterrupt):
             store.write(record)
+
+
+def test_draft_of_a_killed_process_is_no_record(tmp_path, monkeypatch):
+    store, record = Store(tmp_path), made_up_record()
+    write_and_die(store, record, monkeypatch)
     assert store.find(record.config) is None
     assert store.records("digits", "m_sgd", SETTINGS) == []
     store.write(record)
@@ -154,11 +158,8 @@ def test_damaged_record_is_named(tmp_path, file, damage, reason):
 
 
 def test_remains_of_a_killed_process_are_cleared_away(tmp_path, monkeypatch):
-    store, record = Store(tmp_path), made_up_record()
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.rename", die)
-        with pytest.raises(KeyboardInterrupt):
-            store.write(record)
+    store = Store(tmp_path)
+    write_and_die(store, made_up_record(), monkeypatch)
     folder = store.folder("digits", "m_sgd")
     assert list(folder.glob(".draft-*"))
     with store.lock("digits", "m_sgd", print):
