@@ -42,7 +42,7 @@ from dissect_optax._optimizers import (
 from dissect_optax._sign import scale_by_sign
 
 if TYPE_CHECKING:
-    from dissect_optax._gradient_variance import (
+    from dissect_optax.gradient_variance import (
         VarianceRoute,
         explain_variance,
         value_grad_and_variance,
@@ -102,7 +102,7 @@ _IMPORTED_WHEN_USED = (
 def __getattr__(name: str) -> Any:
     if name not in _IMPORTED_WHEN_USED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module("dissect_optax._gradient_variance")
+    module = importlib.import_module("dissect_optax.gradient_variance")
     return globals().setdefault(name, getattr(module, name))
 
 

@@ -33,7 +33,7 @@ def x64() -> Iterator[None]:
 def small_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small sets named as MNIST and the CIFARs, for `--data-dir`; to be read only."""
     # Imported here: most tests need no data set.
-    from tests.small_tfds import write_small_sets
+    from tests.experiments.small_tfds import write_small_sets
 
     data_dir = tmp_path_factory.mktemp("tfds")
     write_small_sets(data_dir)

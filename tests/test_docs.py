@@ -52,7 +52,7 @@ def equation(row: str) -> str:
 @pytest.mark.parametrize("row", equation_rows(), ids=equation)
 def test_names_and_tests_of_an_equation_exist(row: str) -> None:
     names = re.findall(r"`(dissect_optax(?:\.\w+)+)`", row)
-    tests = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
+    tests = re.findall(r"`((?:\w+/)?test_\w+)\.py::(test_\w+)`", row)
     assert names, "a row names what implements it"
     assert tests, "a row names what checks it"
     for name in names:

@@ -19,17 +19,16 @@ ARROWS = {
     "__init__": {
         "_adaptation",
         "_estimates",
-        "_gradient",
         "_optimizers",
         "_sign",
+        "gradient_variance",
         "theory",
     },
     "_optimizers": {"_adaptation", "_estimates", "_sign"},
     "_adaptation": {"_estimates", "_formulas"},
     "_sign": {"_estimates", "_formulas"},
     "_estimates": {"_formulas"},
-    # One room with several modules.
-    "_gradient": {"_gradient", "_formulas"},
+    "gradient_variance": {"gradient_variance", "_formulas"},
     "_checks": set(),
     "_precision": set(),
     "_formulas": set(),
@@ -53,11 +52,6 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room_of(module: str) -> str:
-    """The room of a module of the library: `theory` and `_gradient_*` are one each."""
-    return "_gradient" if module.startswith("_gradient_") else module
-
-
 def imported_rooms(path: Path) -> set[str]:
     names = (name.split(".") for name in imported_names(path))
     modules = {
@@ -65,7 +59,7 @@ def imported_rooms(path: Path) -> set[str]:
     }
     known = {entry.stem for entry in LIBRARY.iterdir()}
     # `from dissect_optax import Estimate` names no room: it is the front door.
-    return {room_of(module) if module in known else "__init__" for module in modules}
+    return {module if module in known else "__init__" for module in modules}
 
 
 def ids(paths: list[Path]) -> list[str]:
@@ -77,7 +71,7 @@ LIBRARY_FILES = modules_under(LIBRARY)
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=ids(LIBRARY_FILES))
 def test_arrows_point_one_way(path: Path) -> None:
-    room = room_of(path.relative_to(LIBRARY).parts[0].removesuffix(".py"))
+    room = path.relative_to(LIBRARY).parts[0].removesuffix(".py")
     assert room in ARROWS, f"{room} is new: say what it may import"
     assert imported_rooms(path) <= ARROWS[room] | HELPERS
 

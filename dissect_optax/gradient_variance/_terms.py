@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from dissect_optax import _formulas
-from dissect_optax._gradient_program import Environment, run_equation, shaped
+from dissect_optax.gradient_variance._program import Environment, run_equation, shaped
 
 Moments = tuple[jax.Array, jax.Array]
 

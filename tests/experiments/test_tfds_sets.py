@@ -19,10 +19,10 @@ from PIL import Image
 from experiments.command_line import main
 from experiments.errors import UserError
 from experiments.tfds_sets import load_tfds
-from tests import small_tfds
-from tests.small_tfds import digest
+from tests.experiments import small_tfds
+from tests.experiments.small_tfds import digest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 NAMES = list(small_tfds.VERSIONS)
 
 
@@ -111,7 +111,7 @@ def test_every_image_is_read_with_its_label(name, small_data_dir):
 def test_reading_needs_no_tensorflow_and_makes_no_noise(small_data_dir):
     code = """
 from experiments.tfds_sets import load_tfds
-from tests.small_tfds import digest
+from tests.experiments.small_tfds import digest
 print(digest(load_tfds("mnist", None)))
 """
     process = start(code, env={**os.environ, "TFDS_DATA_DIR": str(small_data_dir)})
@@ -348,7 +348,7 @@ PREPARING = """
 import os, signal, sys
 import tensorflow_datasets as tfds
 from experiments.tfds_sets import load_tfds
-from tests import small_tfds
+from tests.experiments import small_tfds
 
 data_dir, address = sys.argv[1:3]
 small_tfds.download_from(address)

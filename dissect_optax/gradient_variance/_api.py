@@ -1,9 +1,9 @@
 """The gradient of a mini-batch together with its variance, Eq. (44) of the paper.
 
-The loss of one example is traced with its gradient (`_gradient_program`); every
+The loss of one example is traced with its gradient (`_program`); every
 gradient is followed back to the small factors that it is a product of
-(`_gradient_walk`); the program that computes the factors is mapped over the batch, and
-mean and variance are taken from the factors (`_gradient_terms`).
+(`_rules`); the program that computes the factors is mapped over the batch, and
+mean and variance are taken from the factors (`_terms`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Var
 
 from dissect_optax import _formulas
-from dissect_optax._gradient_program import (
+from dissect_optax.gradient_variance._program import (
     Atom,
     depends_on,
     select,
@@ -25,8 +25,8 @@ from dissect_optax._gradient_program import (
     trace,
     without_accumulation,
 )
-from dissect_optax._gradient_terms import Batch, Moments, Term, accumulator
-from dissect_optax._gradient_walk import Walk
+from dissect_optax.gradient_variance._terms import Batch, Moments, Term, accumulator
+from dissect_optax.gradient_variance._rules import Walk
 
 PyTree = Any
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import theory_oracle as oracle
+from tests.theory import oracle
 from jax.test_util import check_grads
 from scipy import stats
 

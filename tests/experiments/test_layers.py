@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from experiments.layers import convolve, max_pool
-from tests.gradient_variance_oracle import relative_error
+from tests.gradient_variance.oracle import relative_error
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

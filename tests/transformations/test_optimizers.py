@@ -11,7 +11,7 @@ import pytest
 
 import dissect_optax as do
 from tests import oracles
-from tests.streams import STEPS, stream, trajectory, tree_stream
+from tests.transformations.streams import STEPS, stream, trajectory, tree_stream
 
 LEARNING_RATE = 0.3
 

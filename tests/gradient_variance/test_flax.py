@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from dissect_optax import explain_variance, value_grad_and_variance
-from tests.gradient_variance_models import normal
-from tests.gradient_variance_oracle import relative_error, variance_of_mean
+from tests.gradient_variance.models import normal
+from tests.gradient_variance.oracle import relative_error, variance_of_mean
 
 EXPECTED = {
     "Conv": "product per example (conv_general_dilated)",

@@ -9,8 +9,8 @@ import pytest
 
 import dissect_optax
 from dissect_optax import value_grad_and_variance
-from tests.gradient_variance_models import MODELS, normal
-from tests.gradient_variance_oracle import (
+from tests.gradient_variance.models import MODELS, normal
+from tests.gradient_variance.oracle import (
     relative_error,
     variance_by_equation_44,
     variance_of_mean,

@@ -10,7 +10,7 @@ import pytest
 
 import dissect_optax as do
 from tests import oracles
-from tests.streams import stream, trajectory
+from tests.transformations.streams import stream, trajectory
 
 SIZES = [1e-18, 1e-6, 1.0, 1e12]
 

@@ -11,7 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 
-from tests.subjects import SUBJECTS, Subject
+from tests.transformations.subjects import SUBJECTS, Subject
 
 
 def check(subject: Subject) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from dissect_optax._gradient_program import (
+from dissect_optax.gradient_variance._program import (
     ADDITIONS,
     Atom,
     is_cast,
@@ -14,7 +14,7 @@ from dissect_optax._gradient_program import (
     producers,
     shaped,
 )
-from dissect_optax._gradient_terms import (
+from dissect_optax.gradient_variance._terms import (
     Constant,
     Contraction,
     Joined,

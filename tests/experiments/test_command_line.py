@@ -34,7 +34,7 @@ from experiments.tuning import step_size
 
 TRAIN = ["train", "digits", "--optimizer", "m_svag"]
 CHECKPOINTS = "digits/m_svag/unfinished/*/checkpoints"
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import dissect_optax
-from tests.gradient_variance_models import MODELS
-from tests.gradient_variance_oracle import (
+from tests.gradient_variance.models import MODELS
+from tests.gradient_variance.oracle import (
     relative_error,
     variance_by_equation_44,
     variance_of_mean,

@@ -11,7 +11,7 @@ import pytest
 
 import dissect_optax as do
 from tests import oracles
-from tests.streams import stream, trajectory
+from tests.transformations.streams import stream, trajectory
 
 STATEFUL = {
     "svag": (do.svag, oracles.svag),

@@ -13,7 +13,7 @@ from scipy import stats
 
 from dissect_optax import explain_variance, value_grad_and_variance
 from experiments.problems import PROBLEMS, get_problem
-from tests.gradient_variance_oracle import relative_error, variance_of_mean
+from tests.gradient_variance.oracle import relative_error, variance_of_mean
 
 PARAMETERS = {
     "digits": 12_060,

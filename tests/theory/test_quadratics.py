@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import theory_oracle as oracle
+from tests.theory import oracle
 from scipy import stats
 
 from dissect_optax import theory

@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 
 import dissect_optax as do
-from tests.subjects import (
+from tests.transformations.subjects import (
     LEARNING_RATE,
     OPTIMIZERS,
     SUBJECTS,
@@ -310,8 +310,8 @@ def test_donated_buffers_are_reused(subject: Subject) -> None:
 
 def test_states_are_sharded_like_their_parameters() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.sharded_steps"],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "tests.transformations.sharded_steps"],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
