@@ -61,20 +61,24 @@ def _arguments(problem: Problem) -> tuple[Any, ...]:
     return problem.params, problem.batch, *problem.shared
 
 
-def small_errors(case: Case) -> dict[str, float]:
-    """Largest errors on the small case, relative to the largest entry of a leaf."""
+def small_errors(case: Case, *, wide: bool) -> dict[str, float]:
+    """Largest errors on the small case, relative to the largest entry of a leaf.
+
+    In float64 if `wide`, else in float32; the reference is in float64 either way.
+    """
     problem = case.make(**case.small)
-    errors = {}
+    axes = (None, 0, *(None for _ in problem.shared))
     with jax.enable_x64(True):
-        arguments = jax.tree.map(_in_float64, _arguments(problem))
-        axes = (None, 0, *(None for _ in problem.shared))
-        each = jax.jit(jax.vmap(jax.grad(problem.loss), axes))(*arguments)
-        wide = jax.jit(_programs(problem)["ours"])(*arguments)
-    narrow = jax.jit(_programs(problem)["ours"])(*_arguments(problem))
-    for name, (_, grad, variance) in (("float32", narrow), ("float64", wide)):
-        errors[f"{name}_gradient_error"] = _error(grad, each, _mean)
-        errors[f"{name}_variance_error"] = _error(variance, each, _variance_of_mean)
-    return errors
+        upcast = jax.tree.map(_in_float64, _arguments(problem))
+        each = jax.jit(jax.vmap(jax.grad(problem.loss), axes))(*upcast)
+    with jax.enable_x64(wide):
+        arguments = upcast if wide else _arguments(problem)
+        _, grad, variance = jax.jit(_programs(problem)["ours"])(*arguments)
+    name = "float64" if wide else "float32"
+    return {
+        f"{name}_gradient_error": _error(grad, each, _mean),
+        f"{name}_variance_error": _error(variance, each, _variance_of_mean),
+    }
 
 
 def _in_float64(leaf: jax.Array) -> jax.Array:
@@ -203,7 +207,8 @@ def measure(name: str, rounds: int, seconds: float) -> None:
     _say(**record)
     _say(**timed(programs, _arguments(problem), rounds, seconds))
     # After the times: whether the small case is right does not depend on them.
-    _say(**small_errors(case))
+    for wide in (False, True):
+        _say(**small_errors(case, wide=wide))
 
 
 def _say(**record: Any) -> None:

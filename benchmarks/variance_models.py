@@ -173,7 +173,7 @@ def _row_norm_loss(params: Params, example: Any) -> jax.Array:
 
 
 def weight_norm_rows(batch: int = 128, width: int = 512) -> Problem:
-    """Weight normalization as in Equinox: v·g/‖v‖, for each row of [outputs, inputs]."""
+    """Weight normalization as in Equinox: v·g/‖v‖ for each row, one per output."""
     random = np.random.default_rng(0)
     v = _weights(random, width, width)
     params = {"v": v, "g": jnp.linalg.norm(v, axis=1, keepdims=True)}
