@@ -423,9 +423,9 @@ def _scan_convolution_loss(params: Params, example: Any) -> jax.Array:
 
 
 def scan_convolution(
-    batch: int = 64, layers: int = 8, channels: int = 84, size: int = 8
+    batch: int = 64, layers: int = 8, channels: int = 32, size: int = 8
 ) -> Problem:
-    """Convolutions in a scan; 3·3·84² weights are about 256²."""
+    """Convolutions in a scan over layers."""
     random = np.random.default_rng(0)
     kernels = _weights(random, layers, 3, 3, channels, channels) / 3
     shape = batch, size, size, channels

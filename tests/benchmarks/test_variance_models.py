@@ -1,4 +1,4 @@
-"""The cases of the benchmark of the gradient variance are right where they are small."""
+"""The cases of the gradient variance benchmark are right where they are small."""
 
 import pytest
 
