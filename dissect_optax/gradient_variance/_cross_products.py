@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dissect_optax import _formulas
 from dissect_optax.gradient_variance import _contractions
 from dissect_optax.gradient_variance._contractions import Contraction
+from dissect_optax.gradient_variance._placement import Repetition
 from dissect_optax.gradient_variance._tables import TableRows
 from dissect_optax.gradient_variance._terms import (
     Batch,
@@ -40,8 +41,7 @@ class _Repeated:
 
     term: Reindexed
     value: Materialized
-    axes: tuple[int, ...]
-    """The axis of the gradient that each axis of the value becomes."""
+    move: Repetition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +128,11 @@ def _part(term: Term) -> _Part | None:
 
 def _repeated(term: Reindexed) -> _Repeated | None:
     """A broadcast of a small value, if the term is one."""
-    axes = getattr(term.move, "axes", None)
     value = term.term
     assert isinstance(value, Materialized)
-    if axes is None or value.size * 8 > term.size:
+    if not isinstance(term.move, Repetition):
         return None
-    return _Repeated(term, value, axes)
+    return _Repeated(term, value, term.move)
 
 
 def _can_cross(one: object, other: object) -> bool:
@@ -160,7 +159,7 @@ def _raw_moments(core: Contraction | TableRows | _Repeated, batch: Batch) -> Mom
             return core.raw_moments(batch)
         return raw_moments_by_example(core, batch)
     mean, square = _small_moments(batch.for_every_example(core.value.source), batch)
-    return core.term.move(mean), core.term.move(square)
+    return core.move(mean), core.move(square)
 
 
 def _small_moments(stack: jax.Array, batch: Batch) -> Moments:
@@ -235,20 +234,15 @@ def _cross_of_rows(rows: TableRows, product: Contraction, batch: Batch) -> jax.A
 # ---- A repeated value with a contraction ---------------------------------------------
 
 
-def _repeats_one_side(
-    repeated: _Repeated, product: Contraction
-) -> tuple[int, ...] | None:
-    """The gradient's axes that the value has, if one factor has all of them."""
-    left, right = product.free
-    shared = len(product.dimensions.left_shared)
-    sides = (
-        set(range(shared, shared + len(left))),
-        set(range(shared + len(left), shared + len(left) + len(right))),
-    )
-    wanted = set(repeated.axes)
-    if shared or not any(wanted <= side for side in sides):
+def _repeats_one_side(repeated: _Repeated, product: Contraction) -> int | None:
+    """The factor that has all axes of the value, 0 for left and 1 for right."""
+    left, right = (len(free) for free in product.free)
+    wanted = set(repeated.move.axes)
+    if product.dimensions.left_shared:
         return None
-    return repeated.axes
+    if wanted <= set(range(left)):
+        return 0
+    return 1 if wanted <= set(range(left, left + right)) else None
 
 
 def _cross_of_repeated(
@@ -256,28 +250,19 @@ def _cross_of_repeated(
 ) -> jax.Array:
     """One factor times the value, contracted with the other factor."""
     left, right = product.matrices(batch)
-    free_left, _ = product.free
-    values = widened(batch.for_every_example(repeated.value.source))
-    on_left = set(repeated.axes) <= set(range(len(free_left)))
-    first = 0 if on_left else len(free_left)
-    shape = product.shape[: len(free_left)] if on_left else product.shape[first:]
-    # The value with the axes of that factor, some of them of size one.
-    order = sorted(range(len(repeated.axes)), key=lambda i: repeated.axes[i])
-    values = values.transpose(0, *(i + 1 for i in order))
-    sizes = [
-        product.shape[a + first] if a + first in repeated.axes else 1
-        for a in range(len(shape))
-    ]
-    values = values.reshape(-1, *sizes)
-    values = jnp.broadcast_to(values, (values.shape[0], *shape))
-    values = values.reshape(values.shape[0], 1, -1)
-    shares = batch.shares.astype(right.real.dtype)
-    conjugate = jnp.conj(values)
-    if on_left:
-        left = left * conjugate
+    side = _repeats_one_side(repeated, product)
+    count = len(product.free[0])
+    first, shape = (count, product.shape[count:]) if side else (0, product.shape[:count])
+    axes = tuple(a - first for a in repeated.move.axes)
+    stack = batch.for_every_example(repeated.value.source)
+    spread = Repetition(shape, axes)
+    values = jax.vmap(spread)(repeated.move.without_units(stack, leading=1))
+    values = jnp.conj(widened(values)).reshape(values.shape[0], 1, -1)
+    if side:
+        right = right * values
     else:
-        right = right * conjugate
-    right = right * shares[:, None, None]
+        left = left * values
+    right = right * batch.shares.astype(right.real.dtype)[:, None, None]
     precision = product.precision if batch.precision is None else batch.precision
     crossed = jnp.einsum("nki,nkj->ij", left, right, precision=precision)
     return product.unflattened(jnp.real(crossed))

@@ -27,10 +27,18 @@ class Repetition:
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
-    """The axis of the result that each axis of the operand becomes."""
+    """The axis of the result that each axis of the operand becomes, if it has not size
+    one."""
 
     def __call__(self, elements: jax.Array) -> jax.Array:
-        return jax.lax.broadcast_in_dim(elements, self.shape, self.axes)
+        return jax.lax.broadcast_in_dim(
+            self.without_units(elements), self.shape, self.axes
+        )
+
+    def without_units(self, elements: jax.Array, leading: int = 0) -> jax.Array:
+        """Elements without their axes of size one, but for `leading` ones."""
+        sizes = (self.shape[a] for a in self.axes)
+        return elements.reshape(*elements.shape[:leading], *sizes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

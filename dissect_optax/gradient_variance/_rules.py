@@ -225,7 +225,9 @@ def _broadcast(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
             if moved is not None:
                 return moved
         return reindexed(term, equation, output)
-    return Reindexed(term, Repetition(shape, axes), ("repeat", shape, axes), shape)
+    sizes = zip(axes, term.shape, strict=True)
+    move = Repetition(shape, tuple(a for a, n in sizes if n != 1))
+    return Reindexed(term, move, ("repeat", move, term.shape), shape)
 
 
 def undone_broadcast(
@@ -367,8 +369,15 @@ def _scaled_inside(
         inner = _scaled_inside(term.term, value, (), kind)
         assert isinstance(inner, Contraction)
         return dataclasses.replace(term, term=inner)
+    if isinstance(term, Scaled):
+        inner = _scaled_inside(term.term, value, places, kind)
+        return None if inner is None else dataclasses.replace(term, term=inner)
     if isinstance(term, Reindexed) and not places:
         inner = _scaled_inside(term.term, value, (), kind)
+        if inner is None and isinstance(term.term, Materialized):
+            scale = functools.partial(_scale_axes, kind, ())
+            source = derive(scale, term.term.source, value)
+            inner = dataclasses.replace(term.term, source=source)
         return None if inner is None else dataclasses.replace(term, term=inner)
     if not isinstance(term, Contraction):
         return None
@@ -800,15 +809,19 @@ def _reduce_sum(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
 
 def _summed(term: Term, axes: tuple[int, ...]) -> Derived | None:
     """A sum over some axes that is small, without forming what is summed."""
-    if isinstance(term, Sum):
-        parts = [_summed(part, axes) for part in term.terms]
-        if any(part is None for part in parts):
-            return None
-        return derive(_sum_of_values, *(part for part in parts if part is not None))
     scales: list[Scaled] = []
     while isinstance(term, Scaled) and term.kind != "select":
         scales.append(term)
         term = term.term
+    if isinstance(term, Sum):
+        parts = []
+        for part in term.terms:
+            for scale in scales[::-1]:
+                part = dataclasses.replace(scale, term=part)
+            parts.append(_summed(part, axes))
+        if any(part is None for part in parts):
+            return None
+        return derive(_sum_of_values, *(part for part in parts if part is not None))
     kinds = tuple(scale.kind for scale in scales)
     factors = tuple(scale.factor for scale in scales)
     size = math.prod(n for a, n in enumerate(term.shape) if a not in axes)
@@ -843,7 +856,7 @@ def _sum_of_repeated(
     *scales: jax.Array,
 ) -> jax.Array:
     """A repeated value times the scales, summed over some axes."""
-    value = widened(value)
+    value = widened(value if move is None else move.without_units(value))
     rank = value.ndim if move is None else len(move.shape)
     labels = list(range(rank)) if move is None else list(move.axes)
     operands: list[Any] = [value, labels, *_scale_operands(kinds, scales, rank)]
