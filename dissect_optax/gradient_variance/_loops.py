@@ -35,9 +35,11 @@ from dissect_optax.gradient_variance._program import (
     inline_calls,
     is_zero,
     leaves,
+    loop_dependence,
     loop_of,
     read,
     retrace,
+    run_with,
     select,
     shape_of,
     size_of,
@@ -131,6 +133,9 @@ def _changes(walk: Walk, options: Options) -> dict[int, Change]:
             change = None
         if change is not None:
             changes[id(equation)] = change
+    for equation in walk.program.jaxpr.eqns:
+        if id(equation) not in changes and _chooses_by_example(walk, equation):
+            changes[id(equation)] = functools.partial(_run_all_branches, equation)
     for variable, source in walk.replacements.items():
         equation = walk.produced_by[variable]
         changes[id(equation)] = functools.partial(_replacement, variable, source)
@@ -178,7 +183,8 @@ def _split_loop(
     loop = loop_of(equation)
     assert loop is not None
     body = with_share(inline_calls(loop.body), options)
-    varies = _varying_inputs(walk, equation, loop, body.jaxpr)
+    flags = [not walk.is_constant(v) for v in equation.invars]
+    varies = [*loop_dependence(loop, body.jaxpr, flags)[0], True]
     carried = range(loop.consts, loop.consts + loop.carries)
 
     def roots(program: ClosedJaxpr) -> list[Atom]:
@@ -210,26 +216,6 @@ def _split_loop(
     return functools.partial(
         _run_split_loop, split, equation, share, starts_at_zero, changing, options
     )
-
-
-def _varying_inputs(
-    walk: Walk, equation: JaxprEqn, loop: Loop, jaxpr: Jaxpr
-) -> list[bool]:
-    """Which inputs of the body differ by example, the share included."""
-    varies = [not walk.is_constant(v) for v in equation.invars]
-    carried = range(loop.consts, loop.consts + loop.carries)
-    while True:
-        inputs = [v for v, flag in zip(jaxpr.invars, varies, strict=False) if flag]
-        dependent = depends_on(jaxpr, inputs)
-        more = [
-            i
-            for k, i in enumerate(carried)
-            if not varies[i] and jaxpr.outvars[k] in dependent
-        ]
-        if not more:
-            return [*varies, True]
-        for i in more:
-            varies[i] = True
 
 
 def _increments(jaxpr: Jaxpr, index: int, old: Var) -> list[Atom]:
@@ -554,7 +540,51 @@ def _split_condition(
     if not worth:
         return None
     share = walk.program.jaxpr.invars[-1]
-    return functools.partial(_run_split_condition, branches, worth, equation, share)
+    by_example = _chooses_by_example(walk, equation)
+    return functools.partial(
+        _run_split_condition, branches, worth, equation, share, by_example
+    )
+
+
+def _chooses_by_example(walk: Walk, equation: JaxprEqn) -> bool:
+    """Whether an equation is a condition of which examples take different branches."""
+    if equation.primitive.name != "cond" or equation.effects:
+        return False
+    return not walk.is_constant(equation.invars[0])
+
+
+def _run_all_branches(equation: JaxprEqn, environment: Environment) -> list[Any]:
+    """Outputs of a condition, chosen from those of all branches.
+
+    As `jax.vmap` would, but for the inputs that all examples share: it repeats them
+    for every example.
+    """
+    index, *operands = (read(v, environment) for v in equation.invars)
+    runs = [
+        functools.partial(run_with, _nothing, branch.jaxpr, branch.consts)
+        for branch in equation.params["branches"]
+    ]
+    outputs: list[Any] = _select(jnp.asarray(index, jnp.int32), runs, *operands)
+    return outputs
+
+
+def _nothing(equation: JaxprEqn, environment: Environment) -> None:
+    """No equation is replaced."""
+
+
+def _select(index: jax.Array, runs: Sequence[Callable], *operands: Any) -> Any:
+    """As `jax.lax.switch`, by running all branches."""
+    results = [run(*operands) for run in runs]
+    index = jnp.clip(index, 0, len(runs) - 1)
+
+    def choose(*cases: Any) -> jax.Array:
+        return functools.reduce(
+            lambda chosen, k: jnp.where(index == k, cases[k], chosen),
+            range(1, len(cases)),
+            jnp.asarray(cases[0]),
+        )
+
+    return jax.tree.map(choose, *results)
 
 
 def _is_worth_splitting(branches: Sequence[_Branch], index: int) -> bool:
@@ -602,6 +632,7 @@ def _run_split_condition(
     worth: Sequence[int],
     equation: JaxprEqn,
     share: Var,
+    by_example: bool,
     environment: Environment,
 ) -> list[Any]:
     """Outputs of the condition, the products put together after it."""
@@ -635,9 +666,9 @@ def _run_split_condition(
         return values[: len(others)], given
 
     runs = [functools.partial(of_branch, which) for which in range(len(branches))]
-    values, given = jax.lax.switch(
-        jnp.asarray(index, jnp.int32), runs, *operands, environment[share]
-    )
+    switch = _select if by_example else jax.lax.switch
+    index = jnp.asarray(index, jnp.int32)
+    values, given = switch(index, runs, *operands, environment[share])
     results: dict[int, Any] = dict(zip(others, values, strict=True))
     for i in worth:
         of_kind, _ = kinds[i]

@@ -108,6 +108,41 @@ def abstract(source: Source) -> jax.ShapeDtypeStruct:
 # ---- Reading a jaxpr -----------------------------------------------------------------
 
 
+class Loop(NamedTuple):
+    """The parts of a `lax.scan` in a jaxpr."""
+
+    body: ClosedJaxpr
+    consts: int
+    carries: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+def loop_of(equation: JaxprEqn) -> Loop | None:
+    """The parts of a scan; nothing for a form that is not known."""
+    if equation.primitive.name != "scan":
+        return None
+    params = equation.params
+    try:
+        if "num_carry" in params:
+            counts = params["num_consts"], params["num_carry"]
+        else:
+            # Since JAX 0.12: trees of the inputs, consts, carry and xs.
+            consts, carry, xs = params["ft_in"].unpack()
+            counts = len(consts), len(carry)
+            if sum(counts) + len(xs) != len(equation.invars):
+                return None
+        body = params["jaxpr"]
+        if not isinstance(body, ClosedJaxpr):
+            return None
+        return Loop(
+            body, *counts, params["length"], params["reverse"], params["unroll"]
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
 def variables(equation: JaxprEqn) -> list[Var]:
     """Inputs of an equation that are not literals."""
     return [v for v in equation.invars if isinstance(v, Var)]
@@ -122,9 +157,39 @@ def depends_on(jaxpr: Jaxpr, inputs: Collection[Var]) -> set[Var]:
     """All variables whose value may depend on one of `inputs`."""
     dependent = set(inputs)
     for equation in jaxpr.eqns:
-        if any(v in dependent for v in variables(equation)):
-            dependent.update(equation.outvars)
+        flags = [isinstance(v, Var) and v in dependent for v in equation.invars]
+        if any(flags):
+            outputs = _dependent_outputs(equation, flags)
+            dependent.update(v for v, d in zip(equation.outvars, outputs) if d)
     return dependent
+
+
+def _dependent_outputs(equation: JaxprEqn, flags: Sequence[bool]) -> Sequence[bool]:
+    """Which outputs depend on the flagged inputs; loops are looked into."""
+    loop = loop_of(equation)
+    if loop is None:
+        return [True] * len(equation.outvars)
+    return loop_dependence(loop, loop.body.jaxpr, flags)[1]
+
+
+def loop_dependence(
+    loop: Loop, body: Jaxpr, flags: Sequence[bool]
+) -> tuple[list[bool], list[bool]]:
+    """Which inputs and outputs of a loop's body depend on the flagged inputs.
+
+    A carry does where a step makes it so. The body may have more inputs.
+    """
+    inputs = list(flags)
+    while True:
+        flagged = [v for v, flag in zip(body.invars, inputs) if flag]
+        dependent = depends_on(body, flagged)
+        outputs = [isinstance(v, Var) and v in dependent for v in body.outvars]
+        more = [k for k in range(loop.carries) if outputs[k] > inputs[loop.consts + k]]
+        if not more:
+            carries = inputs[loop.consts : loop.consts + loop.carries]
+            return inputs, [*carries, *outputs[loop.carries :]]
+        for k in more:
+            inputs[loop.consts + k] = True
 
 
 def is_zero(atom: Atom, produced_by: Producers) -> bool:
@@ -171,41 +236,6 @@ def known_value(program: ClosedJaxpr, atom: Atom) -> np.ndarray | None:
     with jax.ensure_compile_time_eval():
         (value,) = jax.core.eval_jaxpr(live.jaxpr, live.consts, *inputs)
         return np.asarray(value)
-
-
-class Loop(NamedTuple):
-    """The parts of a `lax.scan` in a jaxpr."""
-
-    body: ClosedJaxpr
-    consts: int
-    carries: int
-    length: int
-    reverse: bool
-    unroll: int
-
-
-def loop_of(equation: JaxprEqn) -> Loop | None:
-    """The parts of a scan; nothing for a form that is not known."""
-    if equation.primitive.name != "scan":
-        return None
-    params = equation.params
-    try:
-        if "num_carry" in params:
-            counts = params["num_consts"], params["num_carry"]
-        else:
-            # Since JAX 0.12: trees of the inputs, consts, carry and xs.
-            consts, carry, xs = params["ft_in"].unpack()
-            counts = len(consts), len(carry)
-            if sum(counts) + len(xs) != len(equation.invars):
-                return None
-        body = params["jaxpr"]
-        if not isinstance(body, ClosedJaxpr):
-            return None
-        return Loop(
-            body, *counts, params["length"], params["reverse"], params["unroll"]
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
 
 
 # ---- Evaluating a jaxpr --------------------------------------------------------------

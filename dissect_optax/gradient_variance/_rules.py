@@ -69,7 +69,7 @@ STRICT = False
 
 # A row of a stacked parameter that the example chooses becomes a product with a
 # one-hot vector if there are at most so many rows.
-ONE_HOT_ROWS = 64
+ONE_HOT_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1270,7 +1270,12 @@ def added(terms: list[Term]) -> Term:
             key = _layout(part)
             merged[key] = _joined(merged[key], part) if key in merged else part
     flat = tuple(merged.values())
-    return flat[0] if len(flat) == 1 else Sum(flat)
+    if len(flat) == 1:
+        return flat[0]
+    if all(isinstance(part, Materialized) for part in flat):
+        values = (part.source for part in flat if isinstance(part, Materialized))
+        return Materialized(derive(_sum_of_values, *values), "add")
+    return Sum(flat)
 
 
 def _layout(term: Term) -> object:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from dissect_optax.gradient_variance._terms import (
     Moments,
     Term,
     accumulator,
-    moments_by_example,
     widened,
 )
+
+# Up to so many look-ups of one example are compared with each other; more are sorted.
+COMPARED_LOOK_UPS = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,67 +119,93 @@ class TableRows(Term):
     # ---- Moments ---------------------------------------------------------------------
 
     def moments(self, batch: Batch) -> Moments:
-        if batch.two_pass and self.indices not in batch.values:
-            return moments_by_example(self, batch)
-        mean, spread = self._moments_of_rows(batch, centered=True)
-        return mean, batch.scaled(spread)
+        entries = self._entries(batch)
+        # In the order of the table, so that the entries of a row are neighbours.
+        order = jnp.argsort(entries.indices)
+        entries = jax.tree.map(lambda values: values[order], entries)
+        indices, rows, shares = entries
+        starts = jnp.concatenate([jnp.zeros(1, bool), indices[1:] != indices[:-1]])
+        group = jnp.cumsum(starts)
+        count = indices.size
+        total = functools.partial(
+            jax.ops.segment_sum,
+            segment_ids=group,
+            num_segments=count,
+            indices_are_sorted=True,
+        )
+        mean = total(entries.weighted(rows))
+        # Deviations, and not squares and their mean: rows that many examples read may
+        # have nearly the same gradient.
+        deviations = _formulas.squared_magnitude(rows - mean[group])
+        spread = total(entries.weighted(deviations))
+        # Examples that do not read the row have gradient zero there.
+        absent = jnp.maximum(1 - total(shares[:, None]), 0)
+        spread = spread + absent * _formulas.squared_magnitude(mean)
+        places = jnp.full(count, self.height, indices.dtype).at[group].set(indices)
+        return self._placed(places, mean), self._placed(places, batch.scaled(spread))
+
+    def _placed(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """The table with the given rows, zero elsewhere."""
+        table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
+        return self.unflattened(table.at[indices].set(rows, mode="drop"))
 
     def raw_moments(self, batch: Batch) -> Moments:
         """Mean and mean square."""
-        return self._moments_of_rows(batch, centered=False)
+        entries = self._entries(batch)
+        squares = _formulas.squared_magnitude(entries.rows)
+        return (
+            self.sum_of_rows(entries.indices, entries.weighted(entries.rows)),
+            self.sum_of_rows(entries.indices, entries.weighted(squares)),
+        )
 
-    def _moments_of_rows(self, batch: Batch, centered: bool) -> Moments:
-        """Mean and mean square, or spread, of the rows that any example reads."""
+    def _entries(self, batch: Batch) -> "_Entries":
+        """The gradient of each row that an example reads, once per example and row."""
         indices = batch.for_every_example(self.indices)
         rows = widened(batch.for_every_example(self.rows))
-        examples, entries = indices.shape
-        rows = rows.reshape(examples * entries, -1)
-        height = self.height
-
-        # Sorted by row of the table and then by example, so that the entries of one
-        # (row, example) pair are neighbours, and so are the pairs of one row.
-        count = examples * entries
-        order = jnp.argsort(indices.reshape(-1), stable=True)
-        table = indices.reshape(-1)[order]
-        example = order // entries
-        new_row = jnp.concatenate([jnp.ones(1, bool), table[1:] != table[:-1]])
-        new_pair = new_row.at[1:].max(example[1:] != example[:-1])
-        row_of_entry = jnp.cumsum(new_row) - 1
-        pair_of_entry = jnp.cumsum(new_pair) - 1
-        sorted_sum = functools.partial(
-            jax.ops.segment_sum, num_segments=count, indices_are_sorted=True
+        examples, count = indices.shape
+        if 1 < count <= COMPARED_LOOK_UPS:
+            indices, rows = jax.vmap(self._merged_by_comparison)(indices, rows)
+        elif count > 1:
+            indices, rows = jax.vmap(self._merged_by_sorting)(indices, rows)
+        shares = batch.shares.astype(rows.real.dtype)
+        return _Entries(
+            indices.reshape(-1),
+            rows.reshape(examples * count, -1),
+            jnp.repeat(shares, count),
         )
-        gradients = sorted_sum(rows[order], pair_of_entry)
-        # Unused slots at the end stay behind all rows that exist.
-        row_of_pair = jnp.full(count, count).at[pair_of_entry].set(row_of_entry)
-        table_of_row = jnp.full(count, height).at[row_of_entry].set(table)
-        shares = jnp.zeros(count, batch.shares.dtype)
-        shares = shares.at[pair_of_entry].set(batch.shares[example])[:, None]
-        shares = shares.astype(rows.real.dtype)
 
-        mean = sorted_sum(shares * gradients, row_of_pair)
-        if centered:
-            deviations = gradients - mean.at[row_of_pair].get(mode="clip")
-        else:
-            deviations = gradients
-        square = sorted_sum(
-            shares * _formulas.squared_magnitude(deviations), row_of_pair
+    def _merged_by_comparison(
+        self, indices: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rows of one index added at its first occurrence; the others are dropped."""
+        same = indices[:, None] == indices[None]
+        earlier = jnp.tril(same, -1).any(1)
+        highest = jax.lax.Precision.HIGHEST
+        rows = jnp.matmul(same.astype(rows.dtype), rows, precision=highest)
+        return jnp.where(earlier, self.height, indices), rows
+
+    def _merged_by_sorting(
+        self, indices: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same for many look-ups."""
+        count = indices.size
+        order = jnp.argsort(indices, stable=True)
+        ordered = indices[order]
+        starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+        group = jnp.cumsum(starts)
+        merged = jax.ops.segment_sum(
+            rows[order], group, num_segments=count, indices_are_sorted=True
         )
-        if centered:
-            # Examples that do not read the row have gradient zero there.
-            absent = jnp.maximum(1 - sorted_sum(shares, row_of_pair), 0)
-            square += absent * _formulas.squared_magnitude(mean)
-        return self._place(table_of_row, mean), self._place(table_of_row, square)
+        return jnp.full(count, self.height, indices.dtype).at[group].set(ordered), merged
 
-    def _place(self, table_of_row: jax.Array, rows: jax.Array) -> jax.Array:
-        """The table with the given rows, zero elsewhere."""
+    def _scattered(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """[height, row] with the rows added at their indices."""
         table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
-        return self.unflattened(table.at[table_of_row].set(rows, mode="drop"))
+        return table.at[indices].add(rows, mode="drop")
 
     def sum_of_rows(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
         """The table to which rows [T, row] are added at their indices."""
-        table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
-        return self.unflattened(table.at[indices].add(rows, mode="drop"))
+        return self.unflattened(self._scattered(indices, rows))
 
     def unflattened(self, table: jax.Array) -> jax.Array:
         """From [row, element] to the table's shape."""
@@ -185,6 +213,18 @@ class TableRows(Term):
         table = table.reshape(*indexed, *self.row_shape)
         rest = [a for a in range(len(self.table_shape)) if a not in self.axes]
         return table.transpose(np.argsort([*self.axes, *rest]))
+
+
+class _Entries(NamedTuple):
+    """Gradients of rows, each of one example; an index beyond the table is unused."""
+
+    indices: jax.Array  # [N]
+    rows: jax.Array  # [N, row]
+    shares: jax.Array  # [N], of the example
+
+    def weighted(self, rows: jax.Array) -> jax.Array:
+        """Rows times the shares of their examples."""
+        return self.shares[:, None] * rows
 
 
 def _concatenated(one: Source, other: Source) -> Derived:
