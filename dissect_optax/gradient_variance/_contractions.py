@@ -202,6 +202,17 @@ class Contraction(Term):
         """Whether the cross terms of its outer products cost less than chunks."""
         return is_worth_crossing(self.depth)
 
+    def has_large_factors(self, times: int = 1) -> bool:
+        """Whether a factor, used so many times, is as large as the product.
+
+        The product itself is then the smaller thing to keep for every example. Not
+        that of a convolution: it would be a convolution for each example.
+        """
+        if self.left_view is not None or self.depth * times == 1:
+            return False
+        sizes = (math.prod(factor.shape) for factor in self.factors)
+        return max(sizes) * len(self.left) * times >= self.size
+
     @property
     def shape(self) -> tuple[int, ...]:
         left, right = (factor.shape for factor in self.factors)

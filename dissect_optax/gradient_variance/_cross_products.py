@@ -147,6 +147,8 @@ def _can_cross(one: object, other: object) -> bool:
         return _can_cross(other, one)
     if isinstance(one, _Repeated) and isinstance(other, Contraction):
         return _repeats_one_side(one, other) is not None
+    if isinstance(one, _Repeated) and isinstance(other, _Repeated):
+        return one.move == other.move
     return False
 
 
@@ -165,11 +167,14 @@ def _raw_moments(core: Contraction | TableRows | _Repeated, batch: Batch) -> Mom
 def _small_moments(stack: jax.Array, batch: Batch) -> Moments:
     """Mean and mean square of a small value of every example."""
     values = widened(stack)
-    shares = batch.shares.astype(values.real.dtype)
-    highest = jax.lax.Precision.HIGHEST
-    mean = jnp.tensordot(shares.astype(values.dtype), values, 1, precision=highest)
     squares = _formulas.squared_magnitude(values)
-    return mean, jnp.tensordot(shares, squares, 1, precision=highest)
+    return _mean_of_small(values, batch), _mean_of_small(squares, batch)
+
+
+def _mean_of_small(values: jax.Array, batch: Batch) -> jax.Array:
+    """Mean of a small value of every example."""
+    shares = batch.shares.astype(values.dtype)
+    return jnp.tensordot(shares, values, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _cross(one: object, other: object, batch: Batch) -> jax.Array:
@@ -183,6 +188,10 @@ def _cross(one: object, other: object, batch: Batch) -> jax.Array:
         return _cross_of_rows(one, other, batch)
     if isinstance(one, _Repeated) and isinstance(other, Contraction):
         return _cross_of_repeated(one, other, batch)
+    if isinstance(one, _Repeated) and isinstance(other, _Repeated):
+        values = (batch.for_every_example(r.value.source) for r in (one, other))
+        first, second = (r.move.without_units(widened(v), 1) for r, v in zip((one, other), values))
+        return one.move(_mean_of_small(jnp.real(first * jnp.conj(second)), batch))
     assert isinstance(one, Contraction)
     return _cross(other, one, batch)
 

@@ -256,7 +256,7 @@ def _plan_sum(
         term = inner.term(atom)
         if isinstance(term, Constant):
             rest.append(atom)
-        elif _can_be_summed(term, changing):
+        elif _can_be_summed(term, changing, split.loop.length):
             products.append(term)
         else:
             return
@@ -265,13 +265,24 @@ def _plan_sum(
         split.rests[index] = rest
 
 
-def _can_be_summed(term: Term, changing: Collection[Var]) -> bool:
-    """Whether a term is larger than its factors, and its operations do not change."""
-    fixed = set(term.invariants)
-    if any(v in changing for v in leaves(fixed)):
+def _can_be_summed(term: Term, changing: Collection[Var], steps: int) -> bool:
+    """Whether a term has factors, and operations that are the same in every step."""
+    if isinstance(term, Materialized):
         return False
-    stacked = sum(size_of(v) for v in dict.fromkeys(term.sources) if v not in fixed)
-    return stacked < term.size
+    if any(v in changing for v in leaves(term.invariants)):
+        return False
+    return not _is_smaller_summed(term, steps, term.size)
+
+
+def _is_smaller_summed(term: Term, steps: int, size: int) -> bool:
+    """Whether the sum over the steps is smaller than a part of it in every step."""
+    if isinstance(term, Contraction):
+        return term.has_large_factors(steps)
+    if isinstance(term, Elementwise):
+        return _is_smaller_summed(term.term, steps, size)
+    if isinstance(term, Several):
+        return any(_is_smaller_summed(part, steps, size) for part in term.terms)
+    return isinstance(term, Materialized) and steps * term.size > size
 
 
 def _plan_stack(split: _SplitLoop, inner: Walk, index: int, options: Options) -> None:
@@ -285,8 +296,7 @@ def _plan_stack(split: _SplitLoop, inner: Walk, index: int, options: Options) ->
     if options.in_loops:
         split.taken[index] = term
     elif not isinstance(term, Materialized):
-        if sum(map(size_of, dict.fromkeys(term.sources))) < term.size:
-            split.stacks[index] = term
+        split.stacks[index] = term
 
 
 def _run_split_loop(

@@ -530,11 +530,10 @@ def _dot_general(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
     (left_dims, right_dims), (left_shared, right_shared) = equation.params[
         "dimension_numbers"
     ]
-    depth = math.prod(shape_of(left)[d] for d in left_dims)
     size = size_of(equation.outvars[0])
-    # Not a product that is no larger than what it multiplies.
+    # Not the elements of one vector times those of another, or times a constant.
     smaller = size <= max(size_of(left), size_of(right))
-    if smaller and (depth != 1 or left_shared or constant):
+    if smaller and (left_shared or constant):
         return None
     return Contraction(
         (left,),
@@ -1282,7 +1281,7 @@ def _layout(term: Term) -> object:
     """What two terms must share to be added inside."""
     if isinstance(term, Contraction | TableRows):
         return (type(term), term.layout)
-    if isinstance(term, Reindexed) and term.box_after is None:
+    if isinstance(term, Reindexed):
         return ("reindexed", term.key)
     if isinstance(term, KernelGradient):
         return ("kernel", term.key, _layout(term.term))
@@ -1302,4 +1301,17 @@ def _joined(one: Term, other: Term) -> Term:
         return dataclasses.replace(one, term=one.term.joined(other.term))
     assert isinstance(one, Reindexed | Scaled)
     assert isinstance(other, Reindexed | Scaled)
-    return dataclasses.replace(one, term=added([one.term, other.term]))
+    inner = added([one.term, other.term])
+    if isinstance(inner, Contraction) and inner.has_large_factors():
+        inner = Materialized(derive_value(inner), inner.name)
+    return dataclasses.replace(one, term=inner)
+
+
+def derive_value(term: Term) -> Derived:
+    """A term as one value of the example."""
+    sources = tuple(dict.fromkeys(term.sources))
+
+    def value(*values: jax.Array) -> jax.Array:
+        return term.value(dict(zip(sources, values, strict=True)), None)
+
+    return derive(value, *sources)

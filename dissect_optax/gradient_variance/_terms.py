@@ -524,8 +524,7 @@ class Concatenation(Several):
 
     @property
     def routes(self) -> tuple[str, ...]:
-        routes = (route for term in self.terms for route in term.routes)
-        return tuple(dict.fromkeys(routes))
+        return tuple(sorted({route for term in self.terms for route in term.routes}))
 
     def extra_memory(self, examples: int) -> int:
         return max(term.extra_memory(examples) for term in self.terms)
@@ -555,9 +554,9 @@ class Sum(Several):
     def routes(self) -> tuple[str, ...]:
         routes: list[str] = []
         for group in self.groups:
-            inner = tuple(route for term in group for route in term.routes)
+            inner = sorted({route for term in group for route in term.routes})
             routes += inner if len(group) == 1 else [f"sum of {' + '.join(inner)}"]
-        return tuple(dict.fromkeys(routes))
+        return tuple(sorted(set(routes)))
 
     @functools.cached_property
     def groups(self) -> tuple[tuple[Term, ...], ...]:

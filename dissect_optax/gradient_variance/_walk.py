@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from dissect_optax.gradient_variance import _rules
+from dissect_optax.gradient_variance._contractions import Contraction
 from dissect_optax.gradient_variance._program import (
     Atom,
     Source,
@@ -129,6 +130,8 @@ def _reason_to_materialize(term: Term) -> str | None:
     """Why a term is stored as a whole; None if that would lose something."""
     if isinstance(term, Materialized):
         return term.reason
+    if isinstance(term, Contraction) and term.has_large_factors():
+        return term.name
     if isinstance(term, Reindexed) and term.size > term.term.size:
         # Stored before it is padded or repeated: it is smaller, and overlaps less.
         return None
