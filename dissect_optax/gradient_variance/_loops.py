@@ -102,7 +102,8 @@ def exposed(
         changes = _changes(walk, options)
         if not changes:
             return program, walk
-        program = retrace(program, functools.partial(_changed, changes))
+        # What the changes computed may hold calls again.
+        program = inline_calls(retrace(program, functools.partial(_changed, changes)))
 
 
 def with_share(program: ClosedJaxpr, options: Options) -> ClosedJaxpr:

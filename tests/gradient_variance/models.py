@@ -15,6 +15,9 @@ import numpy as np
 from benchmarks import networks
 
 OUTER = "outer product (dot_general)"
+TWO, THREE, FOUR, FIVE, SIX = (
+    f"{count} outer products (dot_general)" for count in (2, 3, 4, 5, 6)
+)
 PRODUCT = "product per example (dot_general)"
 CONVOLUTION = "product per example (conv_general_dilated)"
 ROWS = "table rows (scatter-add)"
@@ -71,10 +74,10 @@ def cifar100_allcnnc():
 BLOCK = {
     "['scale'][0]": STORED,
     "['scale'][1]": STORED,
-    **{f"['attention'][{i}]": PRODUCT for i in range(4)},
-    "['dense'][0]['w']": PRODUCT,
+    **{f"['attention'][{i}]": FIVE for i in range(4)},
+    "['dense'][0]['w']": FIVE,
     "['dense'][0]['b']": STORED,
-    "['dense'][1]['w']": PRODUCT,
+    "['dense'][1]['w']": FIVE,
     "['dense'][1]['b']": STORED,
     "['out'][0]['w']": OUTER,
     "['out'][0]['b']": STORED,
@@ -88,8 +91,8 @@ def transformer_block():
 
 def lstm():
     routes = {
-        "['in']": PRODUCT,
-        "['state']": PRODUCT,
+        "['in']": FIVE,
+        "['state']": FIVE,
         "['b']": STORED,
         "['out'][0]['w']": OUTER,
         "['out'][0]['b']": STORED,
@@ -113,7 +116,7 @@ def tied_weights_loss(params, tokens):
 def tied_weights():
     params = {"table": normal(11, 6), "w": normal(6, 6)}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, 5)))
-    routes = {"['table']": f"sum of {ROWS} + {PRODUCT}", "['w']": PRODUCT}
+    routes = {"['table']": f"sum of {FOUR} + {ROWS}", "['w']": FOUR}
     return Model(tied_weights_loss, params, tokens, routes)
 
 
@@ -137,7 +140,7 @@ def l2_in_the_loss_loss(params, x, strength):
 
 def l2_in_the_loss():
     params = {"w": normal(4, 6), "unused": normal(3)}
-    routes = {"['w']": f"{FIXED}, {OUTER}", "['unused']": FIXED}
+    routes = {"['w']": f"{OUTER}, {FIXED}", "['unused']": FIXED}
     return Model(l2_in_the_loss_loss, params, normal(5, 4), routes, (0.1,))
 
 
@@ -153,7 +156,7 @@ def rnn_loss(w, xs):
 
 
 def rnn():
-    return Model(rnn_loss, normal(2, 6, 6), normal(3, 4, 6), {"": PRODUCT})
+    return Model(rnn_loss, normal(2, 6, 6), normal(3, 4, 6), {"": FOUR})
 
 
 def unrolled_rnn_loss(w, xs):
@@ -164,7 +167,7 @@ def unrolled_rnn_loss(w, xs):
 
 
 def unrolled_rnn():
-    return Model(unrolled_rnn_loss, normal(6, 6), normal(3, 4, 6), {"": PRODUCT})
+    return Model(unrolled_rnn_loss, normal(6, 6), normal(3, 4, 6), {"": FOUR})
 
 
 def character_rnn_loss(params, tokens):
@@ -179,7 +182,7 @@ def character_rnn_loss(params, tokens):
 def character_rnn():
     params = {"table": normal(31, 8), "w": normal(8, 8)}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (3, 6)))
-    routes = {"['table']": ROWS, "['w']": PRODUCT}
+    routes = {"['table']": ROWS, "['w']": SIX}
     return Model(character_rnn_loss, params, tokens, routes)
 
 
@@ -203,7 +206,7 @@ def scan_over_layers_loss(params, xs):
 
 
 def scan_over_layers():
-    return Model(scan_over_layers_loss, normal(3, 6, 6), normal(4, 2, 6), {"": PRODUCT})
+    return Model(scan_over_layers_loss, normal(3, 6, 6), normal(4, 2, 6), {"": TWO})
 
 
 def nested_scans_loss(params, xs):
@@ -219,7 +222,7 @@ def nested_scans_loss(params, xs):
 
 
 def nested_scans():
-    return Model(nested_scans_loss, normal(2, 8, 8), normal(4, 3, 8), {"": PRODUCT})
+    return Model(nested_scans_loss, normal(2, 8, 8), normal(4, 3, 8), {"": THREE})
 
 
 def loop_over_layers_loss(params, x):
@@ -256,7 +259,7 @@ def cond_loss(params, example):
 
 def cond():
     batch = (normal(5, 4), jnp.asarray([True, False, True, True, False]))
-    return Model(cond_loss, normal(4, 3), batch, {"": STORED})
+    return Model(cond_loss, normal(4, 3), batch, {"": OUTER})
 
 
 def convolution(
@@ -313,9 +316,8 @@ def channels_first_loss(params, x):
 
 
 def channels_first():
-    return Model(
-        channels_first_loss, normal(5, 2, 3), normal(3, 2, 8), {"": CONVOLUTION}
-    )
+    routes = {"": "8 outer products (conv_general_dilated)"}
+    return Model(channels_first_loss, normal(5, 2, 3), normal(3, 2, 8), routes)
 
 
 def shared_convolution_loss(params, x):
@@ -341,7 +343,7 @@ def weight_standardization():
         weight_standardization_loss,
         normal(4, 3),
         normal(5, 4),
-        {"": STORED},
+        {"": f"sum of {OUTER} + {STORED}"},
     )
 
 
@@ -449,7 +451,7 @@ def doubled_parameters_loss(params, x):
 
 def doubled_parameters():
     params = {"b": normal(4), "t": normal(5, 4)}
-    routes = {"['b']": STORED, "['t']": f"sum of {ROWS} + {ROWS}"}
+    routes = {"['b']": STORED, "['t']": ROWS}
     return Model(doubled_parameters_loss, params, normal(5, 4), routes)
 
 
@@ -469,7 +471,7 @@ def fast_weights():
         fast_weights_loss,
         params,
         normal(3, 3, 4),
-        {"['start']": STORED, "['key']": PRODUCT, "['query']": PRODUCT},
+        {"['start']": STORED, "['key']": THREE, "['query']": THREE},
     )
 
 

@@ -15,6 +15,32 @@ from tests.gradient_variance.oracle import (
 )
 
 
+def routes_of(loss, params, batch, shared):
+    """The route of each parameter, without the primitives that stored gradients met."""
+    report = dissect_optax.explain_variance(loss)(params, batch, *shared)
+    return {row.parameter: plain_route(", ".join(row.routes)) for row in report}
+
+
+def plain_route(route):
+    route = re.sub(r"(stored gradients) \([^)]*\)", r"\1", route)
+    while "stored gradients + stored gradients" in route:
+        route = route.replace("stored gradients + stored", "stored")
+    return route
+
+
+def errors_against_all_examples(loss, params, batch, shared):
+    """Relative errors of value, gradient and variance."""
+    measure = jax.jit(dissect_optax.value_grad_and_variance(loss))
+    value, grad, variance = measure(params, batch, *shared)
+    axes = (None, 0, *(None,) * len(shared))
+    each = jax.jit(jax.vmap(jax.value_and_grad(loss), axes))
+    values, gradients = each(params, batch, *shared)
+    yield relative_error(value, np.mean(values))
+    for g, s, k in zip(*map(jax.tree.leaves, (grad, variance, gradients)), strict=True):
+        yield relative_error(g, np.mean(k, axis=0))
+        yield relative_error(s, variance_of_mean(k))
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("x64")
 def test_equals_per_example_gradients_and_takes_the_expected_route(name):
@@ -31,9 +57,56 @@ def test_equals_per_example_gradients_and_takes_the_expected_route(name):
         assert relative_error(s, variance_of_mean(k)) < 1e-12
         assert relative_error(s, variance_by_equation_44(k)) < 1e-11
 
-    report = dissect_optax.explain_variance(loss)(params, batch, *shared)
-    taken = {row.parameter: ", ".join(row.routes) for row in report}
-    taken = {
-        k: re.sub(r"(stored gradients) \([^)]*\)", r"\1", r) for k, r in taken.items()
-    }
-    assert taken == routes
+    assert routes_of(loss, params, batch, shared) == routes
+
+
+def in_pairs(batch):
+    """Every example becomes two examples that are used one after the other."""
+
+    def pair(leaf):
+        leaf = jax.numpy.asarray(leaf)
+        return jax.numpy.stack([leaf, leaf[::-1]], axis=1)
+
+    return jax.tree.map(pair, batch)
+
+
+def unrolled(loss):
+    def loss_of_both(params, pair, *shared):
+        parts = [jax.tree.map(lambda leaf, k=k: leaf[k], pair) for k in range(2)]
+        return sum(loss(params, part, *shared) for part in parts)
+
+    return loss_of_both
+
+
+def scanned(loss):
+    def loss_of_both(params, pair, *shared):
+        def step(total, part):
+            return total + loss(params, part, *shared), None
+
+        return jax.lax.scan(step, jax.numpy.zeros(()), pair)[0]
+
+    return loss_of_both
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("x64")
+def test_a_loop_takes_the_route_that_its_unrolled_steps_take(name):
+    loss, params, batch, _, shared = MODELS[name]()
+    batch = in_pairs(batch)
+    assert routes_of(scanned(loss), params, batch, shared) == routes_of(
+        unrolled(loss), params, batch, shared
+    )
+
+
+# The three networks of the experiments compile for a minute in each form.
+SMALL = [n for n in MODELS if not n.startswith(("mnist", "cifar"))]
+
+
+@pytest.mark.parametrize("form", [unrolled, scanned])
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.usefixtures("x64")
+def test_several_uses_equal_per_example_gradients(name, form):
+    loss, params, batch, _, shared = MODELS[name]()
+    pairs = in_pairs(batch)
+    errors = errors_against_all_examples(form(loss), params, pairs, shared)
+    assert max(errors) < 1e-12
