@@ -54,8 +54,8 @@ class EqualWithNan:
     """Equality and hash of a dataclass by its fields, with NaN equal to NaN.
 
     The `==` that dataclasses generate depends on the version of Python: before 3.13 it
-    compares tuples, in which an object equals itself although it is NaN. For dataclasses
-    with `eq=False`.
+    compares tuples, where NaN equals the same NaN object. For dataclasses with
+    `eq=False`.
     """
 
     def __eq__(self, other: object) -> bool:
