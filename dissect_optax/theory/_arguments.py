@@ -129,13 +129,13 @@ def check_second_moment(moment: jax.Array, mean: jax.Array) -> None:
 
 def check_orthogonal(name: str, value: jax.Array) -> None:
     """Raise unless the columns of a concrete square matrix are orthonormal."""
+    check_finite(name, value)
     matrix = _concrete(value)
     if matrix is None:
         return
     matrix = matrix.astype(np.float64)
-    # Written so that NaN is an error.
     error = np.max(np.abs(matrix.T @ matrix - np.eye(matrix.shape[0])), initial=0.0)
-    if not error <= _TOLERANCE:
+    if error > _TOLERANCE:
         raise ValueError(
             f"`{name}` must be orthogonal, but its product with its transpose differs "
             f"from the identity by up to {error:.2g}. Take the eigenvectors from "

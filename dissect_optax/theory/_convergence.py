@@ -10,7 +10,7 @@ from dissect_optax.theory._arguments import (
     check_not_negative,
     check_positive,
 )
-from dissect_optax.theory._scales import quotient, quotient_of_products
+from dissect_optax.theory._scales import quotient_of_products
 
 
 def convergence_bound(
@@ -73,22 +73,63 @@ def convergence_bound(
     check_positive("lipschitz", smoothness, finite=True)
     check_positive("second_moment", g2, finite=True)
     check_not_above("strong_convexity", mu, smoothness, "`lipschitz`")
+    return _bound(e0, t, mu, smoothness, g2)
 
+
+@jax.custom_jvp
+def _bound(
+    e0: jax.Array, t: jax.Array, mu: jax.Array, smoothness: jax.Array, g2: jax.Array
+) -> jax.Array:
+    """The bound as e₀/(1+x) for x = e₀cT ≤ 1, and 1/(cT) / (1+1/x) beyond.
+
+    In these forms neither the reciprocal of a small e₀ nor a product overflows.
+    """
     endless, unbounded = jnp.isinf(t), jnp.isinf(e0)
     t, e0 = jnp.where(endless, 1.0, t), jnp.where(unbounded, 1.0, e0)
-    progress = 2 * quotient_of_products((e0, t, mu, mu), (smoothness, g2))
-    rate = 2 * quotient_of_products((t, mu, mu), (smoothness, g2))
-
-    # x = e₀cT is `progress`. The reciprocal of a small e₀ and the product of large
-    # numbers are both avoided by e₀/(1+x) for x ≤ 1 and 1/(cT) / (1+1/x) for x > 1.
-    never = rate == 0
-    limit = jnp.where(never, jnp.inf, quotient(1.0, jnp.where(never, 1.0, rate)))
-    early, late = progress <= 1, progress > jnp.sqrt(jnp.finfo(progress.dtype).max)
-    inverse = quotient(1.0, jnp.where(early | late, 1.0, progress))
-    finite_limit = jnp.where(early, 1.0, limit)
-    bound = jnp.where(
-        early,
-        e0 / (1 + jnp.where(early, progress, 0.0)),
-        jnp.where(late, finite_limit, quotient(finite_limit, 1 + inverse)),
-    )
+    progress = _progress(e0, t, mu, smoothness, g2)
+    limit = 0.5 / quotient_of_products((t, mu, mu), (smoothness, g2))
+    late = limit / (1 + 1 / progress)
+    bound = jnp.where(progress <= 1, e0 / (1 + progress), late)
     return jnp.where(endless, 0.0, jnp.where(unbounded, limit, bound))
+
+
+@_bound.defjvp
+def _bound_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The derivatives b²/e₀² by e₀, -cb² by T, and -bx/(1+x) by log c.
+
+    Differentiating the formula itself would over- and underflow again.
+    """
+    e0, t, mu, smoothness, g2 = primals
+    d_e0, d_t, d_mu, d_smoothness, d_g2 = tangents
+    bound = _bound(*primals)
+    infinite = jnp.isinf(e0) | jnp.isinf(t)
+    # At an infinite argument the bound is constant in e₀, or constantly zero.
+    e0, t = (jnp.where(infinite, 1.0, x) for x in (e0, t))
+    progress = _progress(e0, t, mu, smoothness, g2)
+    kept = jnp.where(infinite, 0.0, 1 / (1 + progress))
+    early = progress <= 1
+    gained = jnp.where(
+        early, progress * kept, 1 / (1 + 1 / jnp.where(early, 1.0, progress))
+    )
+    gained = jnp.where(infinite, 1.0, gained)
+
+    finite = jnp.where(jnp.isinf(bound), 0.0, bound)
+    by_t = -2 * quotient_of_products((finite, finite, mu, mu), (smoothness, g2))
+    derivative = jnp.square(kept) * d_e0 + by_t * d_t
+    for constant, tangent, power in [
+        (mu, d_mu, -2.0),
+        (smoothness, d_smoothness, 1.0),
+        (g2, d_g2, 1.0),
+    ]:
+        by_constant = quotient_of_products((finite, gained), (constant,))
+        derivative += power * by_constant * tangent
+    return bound, derivative
+
+
+def _progress(
+    e0: jax.Array, t: jax.Array, mu: jax.Array, smoothness: jax.Array, g2: jax.Array
+) -> jax.Array:
+    """The product x = e₀cT; the bound has fallen by the factor 1+x."""
+    return 2 * quotient_of_products((e0, t, mu, mu), (smoothness, g2))

@@ -72,9 +72,11 @@ class QuadraticProblem(NamedTuple):
     @property
     def gradient_std(self) -> jax.Array:
         """σ, the element-wise standard deviation of a stochastic gradient, [d]."""
-        rows, exponents = split(self.basis * self.eigenvalues[jnp.newaxis, :], axis=1)
+        # Each row has a scale of its own: one may be flat and another steep.
+        spectrum, exponent = split(self.eigenvalues)
+        rows, exponents = split(self.basis * spectrum[jnp.newaxis, :], axis=1)
         norms = jnp.sqrt(jnp.sum(jnp.square(rows), axis=1))
-        return self.noise * times_power_of_two(norms, exponents[:, 0])
+        return self.noise * times_power_of_two(norms, exponents[:, 0] + exponent)
 
     @property
     def lipschitz(self) -> jax.Array:

@@ -125,8 +125,7 @@ def test_errors_name_the_argument():
         [[1.0, 1.0], [0.0, 1.0]],
         [[0.0, 0.0], [0.0, 0.0]],
         [[1.0, 0.0], [0.01, 1.0]],
-        [[1.0, jnp.nan], [0.0, 1.0]],
-        [[jnp.inf, 0.0], [0.0, 1.0]],
+        [[1e30, 0.0], [0.0, 1.0]],
     ],
 )
 def test_a_basis_that_is_not_orthogonal_is_an_error(basis):
@@ -159,6 +158,8 @@ def test_numbers_that_are_not_finite_are_errors():
             theory.quadratic_problem(jnp.array([1.0, value]))
         with pytest.raises(ValueError, match=f"`noise` .*{message}"):
             theory.quadratic_problem(ones, noise=value)
+        with pytest.raises(ValueError, match=f"`basis` .*{message}"):
+            theory.quadratic_problem(ones, jnp.diag(jnp.array([1.0, value])))
         with pytest.raises(ValueError, match=f"`minimizer` .*{message}"):
             theory.quadratic_problem(ones, minimizer=value * ones)
         with pytest.raises(ValueError, match=f"`fraction` .*{message}"):
@@ -167,7 +168,7 @@ def test_numbers_that_are_not_finite_are_errors():
         theory.partial_rotation(jnp.eye(2), jnp.ones(2))
 
 
-@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-10, 1e10, 1e25, 1e36])
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-10, 1e10, 1e25, 1e36])
 def test_constants_of_a_problem_do_not_depend_on_the_unit_of_the_loss(scale):
     plain = rotated_problem()
     problem = theory.quadratic_problem(

@@ -223,6 +223,9 @@ def test_momentum_correction_is_the_variance_of_the_weighted_sum(momentum, x64):
     np.testing.assert_allclose(kappa, expected, rtol=1e-12)
 
 
+slope_of_kappa = jax.jit(jax.grad(theory.momentum_correction))
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 100])
 @pytest.mark.parametrize(
     "momentum",
@@ -233,7 +236,7 @@ def test_momentum_correction_has_the_derivative_of_its_sum(momentum, count, dtyp
         momentum = 1 - np.finfo(dtype).epsneg
     momentum = jnp.asarray(momentum, dtype)
     expected = oracle.momentum_variance_ratio_slope(float(momentum), count)
-    slope = jax.jit(jax.grad(theory.momentum_correction))(momentum, count)
+    slope = slope_of_kappa(momentum, count)
     np.testing.assert_allclose(slope, expected, rtol=2e2 * np.finfo(dtype).eps)
 
 
