@@ -6,7 +6,6 @@ gradient is followed back to the small factors that it is a product of
 mean and variance are taken from the factors (`_terms`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Var
 
 from dissect_optax import _formulas
-from dissect_optax.gradient_variance._program import (
-    Atom,
-    depends_on,
-    select,
-    shaped,
-    trace,
-    without_accumulation,
+from dissect_optax.gradient_variance._plan import (
+    Plan,
+    Summary,
+    plan_of,
+    summarize,
+    variance_factor,
 )
-from dissect_optax.gradient_variance._terms import Batch, Moments, Term, accumulator
-from dissect_optax.gradient_variance._rules import Walk
+from dissect_optax.gradient_variance._program import dtype_of
 
 PyTree = Any
 
@@ -50,30 +46,6 @@ class VarianceRoute(NamedTuple):
             f"{self.parameter} {list(self.shape)}: {', '.join(self.routes)}; "
             f"{self.operations:.1e} operations, {self.numbers:.1e} numbers"
         )
-
-
-class _Summary(NamedTuple):
-    """Value, gradient and spread of a set of examples, and what the set weighs."""
-
-    weight: jax.Array
-    squared_weight: jax.Array
-    value: jax.Array
-    means: list[jax.Array]
-    spreads: list[jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The program of one example, and the terms of its gradient."""
-
-    program: ClosedJaxpr
-    value: Atom
-    aux: list[Atom]
-    terms: list[Term]
-    dependent: set[Var]
-    parameter_count: int
-    aux_tree: Any
-    weight_dtype: jnp.dtype
 
 
 def value_grad_and_variance(
@@ -267,11 +239,11 @@ def _value_grad_and_variance(
         )
     if weights is not None:
         weights = _relative(_checked_weights(weights, size), axis_name)
-    plan = _plan(loss, has_aux, params, batch, shared)
+    plan = _plan(loss, has_aux, params, batch, shared, two_pass, precision)
     part = size if microbatch_size is None else min(microbatch_size, size)
     merged = part < size or axis_name is not None
     run = functools.partial(
-        _summary, plan, two_pass, precision, not merged, jax.tree.leaves(params)
+        summarize, plan, two_pass, precision, not merged, jax.tree.leaves(params)
     )
     examples = (jax.tree.leaves(batch), weights)
     if part < size:
@@ -283,7 +255,7 @@ def _value_grad_and_variance(
 
     variances = summary.spreads
     if merged:
-        factor = _variance_factor(summary.weight, summary.squared_weight)
+        factor = variance_factor(summary.weight, summary.squared_weight)
         variances = [s * factor.astype(s.dtype) for s in variances]
     value, grads = summary.value, summary.means
     if regularizer is not None:
@@ -292,7 +264,7 @@ def _value_grad_and_variance(
         grads = [g + e for g, e in zip(grads, jax.tree.leaves(extra_grad), strict=True)]
     leaves = jax.tree.leaves(params)
     grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
-    value = value.astype(shaped(plan.value).dtype)
+    value = value.astype(dtype_of(plan.value))
     tree = jax.tree.structure(params)
     return (
         (value, jax.tree.unflatten(plan.aux_tree, aux)) if has_aux else value,
@@ -301,7 +273,7 @@ def _value_grad_and_variance(
     )
 
 
-# ---- Plan and summary --------------------------------------------------------------
+# ---- Plan and summary ----------------------------------------------------------------
 
 
 def _plan(
@@ -310,30 +282,15 @@ def _plan(
     params: PyTree,
     batch: PyTree,
     shared: Sequence[Any],
-) -> _Plan:
-    """Trace one example and find the terms of its gradient."""
+    two_pass: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> Plan:
+    """The plan of one example of the batch."""
     example = jax.tree.map(_without_batch_axis, batch)
     one = functools.partial(_loss_of_one, loss, has_aux, shared)
-    program, result = trace(jax.value_and_grad(one, has_aux=True), params, example)
-    count = len(jax.tree.leaves(params))
-    (_, aux), _ = result
-    outputs = len(program.jaxpr.outvars)
-    program = without_accumulation(program, range(outputs - count, outputs))
-    jaxpr = program.jaxpr
-    dependent = depends_on(jaxpr, jaxpr.invars[count:])
-    walk = Walk(jaxpr, dependent)
-    terms = [walk.term(v) for v in jaxpr.outvars[outputs - count :]]
-    dtypes = [accumulator(shaped(v).dtype) for v in jaxpr.outvars[outputs - count :]]
-    weight_dtype = jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
-    return _Plan(
-        program,
-        jaxpr.outvars[0],
-        jaxpr.outvars[1 : outputs - count],
-        terms,
-        dependent,
-        count,
-        jax.tree.structure(aux),
-        weight_dtype,
+    differentiated = jax.value_and_grad(one, has_aux=True)
+    return plan_of(
+        differentiated, params, example, two_pass=two_pass, precision=precision
     )
 
 
@@ -380,74 +337,15 @@ def _without_batch_axis(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype)
 
 
-def _summary(
-    plan: _Plan,
-    two_pass: bool,
-    precision: jax.lax.PrecisionLike,
-    finished: bool,
-    params: list[jax.Array],
-    examples: tuple[list[jax.Array], jax.Array | None],
-) -> tuple[_Summary, list[jax.Array]]:
-    """Summary and stacked auxiliary output of some examples.
-
-    With `finished`, these are all examples, and the spreads are already Eq. (44).
-    """
-    leaves, weights = examples
-    size = leaves[0].shape[0]
-    needed = dict.fromkeys(v for term in plan.terms for v in term.variables)
-    varying = [v for v in needed if v in plan.dependent]
-    fixed = [v for v in needed if v not in plan.dependent]
-    run = jax.vmap(
-        select(plan.program, [plan.value, *plan.aux, *varying, *fixed]),
-        in_axes=(None,) * len(params) + (0,) * len(leaves),
-        out_axes=[0] * (1 + len(plan.aux) + len(varying)) + [None] * len(fixed),
-    )
-    values, *outputs = run(*params, *leaves)
-    aux, outputs = outputs[: len(plan.aux)], outputs[len(plan.aux) :]
-    stacks, constants = outputs[: len(varying)], outputs[len(varying) :]
-    if weights is None:
-        weight = jnp.asarray(size, plan.weight_dtype)
-        squared_weight = weight
-        shares = jnp.full(size, 1 / size, plan.weight_dtype)
-    else:
-        weights = weights.astype(plan.weight_dtype)
-        weight, squared_weight = weights.sum(), jnp.square(weights).sum()
-        shares = weights / jnp.where(weight > 0, weight, 1)
-        counts = shares > 0
-        # Padding may hold anything, also values whose gradient is not finite.
-        values, *stacks = (_masked(x, counts) for x in (values, *stacks))
-    scale = jnp.ones((), plan.weight_dtype)
-    if finished:
-        # Here and not at the end, so that a table's unread rows need no second pass.
-        scale = _variance_factor(weight, squared_weight)
-    batch = Batch(
-        dict(zip(varying, stacks, strict=True)),
-        dict(zip(fixed, constants, strict=True)),
-        shares,
-        scale,
-        two_pass,
-        precision,
-    )
-    moments: list[Moments] = list(map(batch.moments, plan.terms))
-    value = (shares * values).sum()
-    means, spreads = ([m[i] for m in moments] for i in range(2))
-    return _Summary(weight, squared_weight, value, means, spreads), aux
-
-
-def _masked(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """Zero in the examples that do not count."""
-    return jnp.where(counts.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
-
-
-# ---- Merging -----------------------------------------------------------------------
+# ---- Merging -------------------------------------------------------------------------
 
 
 def _in_microbatches(
-    run: Callable[..., tuple[_Summary, list[jax.Array]]],
+    run: Callable[..., tuple[Summary, list[jax.Array]]],
     examples: Any,
     size: int,
     microbatch_size: int,
-) -> tuple[_Summary, list[jax.Array]]:
+) -> tuple[Summary, list[jax.Array]]:
     """Summary of a batch from summaries of its parts, one after the other."""
     full = size // microbatch_size
     parts = jax.tree.map(
@@ -492,8 +390,8 @@ def _from(leaf: jax.Array, start: int) -> jax.Array:
 
 
 def _merge_next(
-    run: Callable[..., tuple[_Summary, list[jax.Array]]], summary: _Summary, part: Any
-) -> tuple[_Summary, list[jax.Array]]:
+    run: Callable[..., tuple[Summary, list[jax.Array]]], summary: Summary, part: Any
+) -> tuple[Summary, list[jax.Array]]:
     """Add the examples of one more microbatch to a summary."""
     other, aux = run(part)
     moments = [
@@ -505,7 +403,7 @@ def _merge_next(
     means, spreads = ([m[i] for m in moments] for i in range(2))
     total = summary.weight + other.weight
     share = jnp.where(total > 0, other.weight / jnp.where(total > 0, total, 1), 0)
-    merged = _Summary(
+    merged = Summary(
         total,
         summary.squared_weight + other.squared_weight,
         summary.value + share * (other.value - summary.value),
@@ -515,7 +413,7 @@ def _merge_next(
     return merged, aux
 
 
-def _merged_over_axis(summary: _Summary, axis_name: Any) -> _Summary:
+def _merged_over_axis(summary: Summary, axis_name: Any) -> Summary:
     """Summary of all devices along a mapped axis."""
     weight = jax.lax.psum(summary.weight, axis_name)
     share = summary.weight / jnp.where(weight > 0, weight, 1)
@@ -529,7 +427,7 @@ def _merged_over_axis(summary: _Summary, axis_name: Any) -> _Summary:
         )
         for s, local, mean in zip(summary.spreads, summary.means, means, strict=True)
     ]
-    return _Summary(
+    return Summary(
         weight,
         jax.lax.psum(summary.squared_weight, axis_name),
         jax.lax.psum(share * summary.value, axis_name),
@@ -547,14 +445,7 @@ def _relative(weights: jax.Array, axis_name: Any) -> jax.Array:
     return weights / jnp.where(largest > 0, largest, 1)
 
 
-def _variance_factor(weight: jax.Array, squared_weight: jax.Array) -> jax.Array:
-    """Factor from spread to variance, given Σw and Σw²; zero where nothing counts."""
-    safe = jnp.where(weight > 0, weight, 1)
-    squared_share = jnp.where(weight > 0, squared_weight / safe / safe, 1)
-    return _formulas.variance_of_mean_factor(squared_share)
-
-
-# ---- Checks ------------------------------------------------------------------------
+# ---- Checks --------------------------------------------------------------------------
 
 
 def _check_microbatch_size(microbatch_size: int | None) -> None:
