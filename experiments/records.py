@@ -50,14 +50,40 @@ class RunConfig:
     settings: Settings
 
 
-@dataclasses.dataclass(frozen=True)
-class Measurement:
+class EqualWithNan:
+    """Equality and hash of a dataclass by its fields, with NaN equal to NaN.
+
+    The `==` that dataclasses generate depends on the version of Python: before 3.13 it
+    compares tuples, where NaN equals the same NaN object. For dataclasses with
+    `eq=False`.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return _with_equal_nan(self) == _with_equal_nan(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), _with_equal_nan(self)))
+
+
+def _with_equal_nan(instance: Any) -> tuple[Any, ...]:
+    """The fields of a dataclass with a string for NaN, which equals itself."""
+    values = (getattr(instance, field.name) for field in dataclasses.fields(instance))
+    return tuple(
+        "NaN" if isinstance(value, float) and math.isnan(value) else value
+        for value in values
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measurement(EqualWithNan):
     """One line of `evaluations.jsonl`.
 
     A loss includes the L2 penalty, a cross-entropy does not. A value that was not
     finite, or of a validation set that there is not, is NaN here and null in the file.
     Seconds count from the group's beginning and hold for the whole group, compilation
-    and evaluations included.
+    and evaluations included. Two measurements with NaN in the same places are equal.
     """
 
     step: int

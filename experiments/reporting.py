@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from experiments.problems import Problem
-from experiments.records import Record
+from experiments.records import EqualWithNan, Record
 from experiments.running import Job
 from experiments.tuning import Outcome
 
@@ -50,8 +50,8 @@ def final_accuracy(record: Record) -> float:
     return math.nan if record.diverged else record.evaluations[-1].test_accuracy
 
 
-@dataclasses.dataclass(frozen=True)
-class Effect:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Effect(EqualWithNan):
     """How much accuracy one aspect changes, with everything else equal.
 
     Attributes:

@@ -1,7 +1,8 @@
-"""When do signs help, and why do variance factors: the theory with exact numbers.
+"""Exact numbers for the paper's theory: when signs help, and why variance factors do.
 
-Pure functions, differentiable and fit for jit and vmap, for §1.4, §2, §3 and §B of
-"Dissecting Adam". The words of the public names and the letters of the paper:
+Pure functions for §1.4, §2, §3 and §B of "Dissecting Adam"; they are differentiable and
+work under jit and vmap. They compute in at least float32, and check the values of
+concrete arguments only. The public names and the letters of the paper:
 
 | name                                               | paper           | equation   |
 |----------------------------------------------------|-----------------|------------|

@@ -1,4 +1,4 @@
-"""Signs of two correlated Gaussian variables: orthant probabilities, exactly.
+"""Exact orthant probabilities of two correlated Gaussian variables.
 
 For X ~ N(h, 1) and Y ~ N(k, 1) with correlation r, Plackett's identity ∂Φ₂/∂r = φ₂
 gives the expected product of signs as an integral over the angle of the correlation
@@ -10,7 +10,7 @@ gives the expected product of signs as an integral over the angle of the correla
 The tangent of half the angle makes the integrand free of trigonometric functions, and
 smooth while r is not close to one. Close to one the integral is taken from the other
 end, r = 1, where its value is known, and the part of the integrand that is not analytic
-there is integrated by hand, as Genz (2004) does.
+there is integrated in closed form, as in Genz (2004).
 """
 
 import functools
@@ -25,8 +25,8 @@ from dissect_optax.theory._arguments import as_same_shape, check_correlation
 
 # Beyond, a sign is certain to the last bit.
 _CERTAIN = 40.0
-# Where the integral from r = 0 hands over to the one from r = 1, and how many nodes
-# leave an error below 1e-12 on either side of it.
+# The correlation at which the integral from r = 1 replaces the one from r = 0, and the
+# numbers of nodes that leave an error below 1e-12 on either side of it.
 _CLOSE_TO_ONE = 0.95
 _NODES_FROM_ZERO = 16
 _NODES_FROM_ONE = 8
@@ -37,8 +37,8 @@ def expected_sign_product(
 ) -> jax.Array:
     """Expected product of the signs of two Gaussian variables of unit variance.
 
-    E[sign(X) sign(Y)] = 1 - 2 P[sign(X) ≠ sign(Y)]: an entry of E[ssᵀ], from which the
-    E[sᵀQs] of Eq. (11) is made. Absolute error below 1e-12 in float64, and about 1e-6
+    E[sign(X) sign(Y)] = 1 - 2 P[sign(X) ≠ sign(Y)], an entry of the E[ssᵀ] that gives
+    E[sᵀQs] in Eq. (11). Absolute error below 1e-12 in float64, and about 1e-6
     in float32.
 
     Args:
@@ -53,10 +53,11 @@ def expected_sign_product(
       ValueError: If a concrete `correlation` lies outside [-1, 1].
 
     Edge cases:
-      * r = ±1 is the value of the limit, 1 - |erf(h/√2) - erf(k/√2)| for r = 1. The
-        derivative with respect to r, which may be infinite there, is given as zero.
-      * Infinite h or k is a sign that is certain.
-      * For r close to ±1 the value inherits the square root of a rounding error in r.
+      * r = ±1: the limit, which is 1 - |erf(h/√2) - erf(k/√2)| for r = 1. There the
+        derivative with respect to r may be infinite, and is set to zero.
+      * Infinite h or k: a sign that is certain.
+      * For r close to ±1 the error of the value is the square root of a rounding error
+        in r.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -117,8 +118,8 @@ def orthant_probability(
 @jax.custom_jvp
 @jax.jit
 def _sign_product(h: jax.Array, k: jax.Array, r: jax.Array) -> jax.Array:
-    """E[sign X sign Y] by the integral that suits the correlation."""
-    # A negative correlation is that of X with -Y.
+    """E[sign X sign Y] by the integral that converges for the correlation."""
+    # A negative correlation of X with Y is a positive one of X with -Y.
     side = jnp.where(r < 0, -1.0, 1.0).astype(r.dtype)
     k, r = side * k, jnp.abs(r)
     from_zero = _from_independence(h, k, jnp.minimum(r, _CLOSE_TO_ONE))
@@ -176,7 +177,7 @@ def _from_dependence(h: jax.Array, k: jax.Array, r: jax.Array) -> jax.Array:
         exp(-(h²+k²)/4) exp(-(h-k)²/(8w²)) S(w),   S(w) = 2/(1+w²) exp(-(h+k)²w²/8).
 
     Three terms of S(w) = 2 (1 + s₁w² + s₂w⁴) + O(w⁶) are integrated by parts. The rest
-    is so flat at w = 0 that the quadrature does not see the singularity there.
+    is so flat at w = 0 that the singularity there does not affect the quadrature.
     """
     end = jnp.sqrt((1 - r) / (1 + r))
     certain = end == 0

@@ -11,20 +11,24 @@ from jax.typing import ArrayLike
 
 from dissect_optax.theory._arguments import (
     as_floats,
+    check_finite,
     check_not_negative,
+    check_orthogonal,
     check_positive,
+    check_rotation,
     check_shape,
     check_vector,
 )
+from dissect_optax.theory._scales import split, times_power_of_two
 
-# The exact numbers of this room are worth more than the speed of reduced precision.
+# Accelerators multiply matrices in reduced precision unless told otherwise.
 _EXACT = jax.lax.Precision.HIGHEST
 
 
 class QuadraticProblem(NamedTuple):
-    """A stochastic quadratic problem, Eq. (9); make one with `quadratic_problem`.
+    """A stochastic quadratic problem, Eq. (9); created by `quadratic_problem`.
 
-    A pytree: it goes through jit, and a batch of problems through vmap.
+    A pytree: it can be passed to jit, and a batch of problems to vmap.
 
     Attributes:
       eigenvalues: The diagonal of Λ, positive, of shape [d].
@@ -59,13 +63,20 @@ class QuadraticProblem(NamedTuple):
     @property
     def gradient_covariance(self) -> jax.Array:
         """The covariance ν²QQ of a stochastic gradient, of shape [d, d], §B.1."""
-        return self._with_spectrum(jnp.square(self.noise * self.eigenvalues))
+        # Scaled, so that an overflow gives infinite elements rather than ∞ - ∞.
+        spectrum, exponent = split(self.noise * self.eigenvalues)
+        return times_power_of_two(
+            self._with_spectrum(jnp.square(spectrum)), 2 * exponent
+        )
 
     @property
     def gradient_std(self) -> jax.Array:
         """σ, the element-wise standard deviation of a stochastic gradient, [d]."""
-        scaled = self.basis * self.eigenvalues[jnp.newaxis, :]
-        return self.noise * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=1))
+        # Each row has a scale of its own: one may be flat and another steep.
+        spectrum, exponent = split(self.eigenvalues)
+        rows, exponents = split(self.basis * spectrum[jnp.newaxis, :], axis=1)
+        norms = jnp.sqrt(jnp.sum(jnp.square(rows), axis=1))
+        return self.noise * times_power_of_two(norms, exponents[:, 0] + exponent)
 
     @property
     def lipschitz(self) -> jax.Array:
@@ -80,7 +91,8 @@ class QuadraticProblem(NamedTuple):
     @property
     def diagonal_dominance(self) -> jax.Array:
         """The largest c of Eq. (13), Σ|q_ii| / Σ|q_ij|, in (0, 1]."""
-        magnitudes = jnp.abs(self.hessian)
+        spectrum, _ = split(self.eigenvalues)  # The scale cancels.
+        magnitudes = jnp.abs(self._with_spectrum(spectrum))
         return jnp.trace(magnitudes) / jnp.sum(magnitudes)
 
     def excess_loss(self, params: ArrayLike) -> jax.Array:
@@ -89,7 +101,7 @@ class QuadraticProblem(NamedTuple):
 
     def loss(self, params: ArrayLike) -> jax.Array:
         """L(θ) of Eq. (9) with its constant ν²/2 tr(Q), of `params` of shape [d]."""
-        constant = 0.5 * jnp.square(self.noise) * jnp.sum(self.eigenvalues)
+        constant = 0.5 * self.noise * (self.noise * jnp.sum(self.eigenvalues))
         return self.excess_loss(params) + constant
 
     def gradient(self, params: ArrayLike) -> jax.Array:
@@ -106,7 +118,8 @@ class QuadraticProblem(NamedTuple):
         """vᵀQv = Σ λ_i (Rᵀv)_i², a scalar, of a vector of shape [d]."""
         (vector,) = as_floats(vector)
         coordinates = jnp.matmul(vector, self.basis, precision=_EXACT)
-        return jnp.sum(self.eigenvalues * jnp.square(coordinates))
+        # In this order nothing over- or underflows unless the result does.
+        return jnp.sum(self.eigenvalues * coordinates * coordinates)
 
     def _with_spectrum(self, eigenvalues: jax.Array) -> jax.Array:
         """The matrix with the basis of Q and these eigenvalues."""
@@ -133,7 +146,7 @@ def quadratic_problem(
     noise: ArrayLike = 0.0,
     minimizer: ArrayLike | None = None,
 ) -> QuadraticProblem:
-    """Makes a stochastic quadratic problem from its spectrum and orientation, Eq. (9).
+    """Create a stochastic quadratic problem from spectrum and orientation, Eq. (9).
 
     Args:
       eigenvalues: The spectrum of Q, positive, of shape [d].
@@ -146,8 +159,9 @@ def quadratic_problem(
       The `QuadraticProblem`.
 
     Raises:
-      ValueError: If shapes do not go together, concrete eigenvalues are not positive or
-        a concrete noise is negative.
+      ValueError: If shapes do not go together, concrete eigenvalues are not positive
+        and finite, a concrete basis is not orthogonal, or a concrete noise is negative
+        or infinite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -161,7 +175,7 @@ def quadratic_problem(
     """
     (spectrum,) = as_floats(eigenvalues)
     size = check_vector("eigenvalues", spectrum)
-    check_positive("eigenvalues", spectrum)
+    check_positive("eigenvalues", spectrum, finite=True)
     like = f"{size} eigenvalues"
     rotation = jnp.eye(size) if basis is None else basis
     centre = jnp.zeros(size) if minimizer is None else minimizer
@@ -169,7 +183,9 @@ def quadratic_problem(
     check_shape("basis", rotation, (size, size), like)
     check_shape("minimizer", centre, (size,), like)
     check_shape("noise", nu, (), "one noise level per problem")
-    check_not_negative("noise", nu)
+    check_orthogonal("basis", rotation)
+    check_finite("minimizer", centre)
+    check_not_negative("noise", nu, finite=True)
     return QuadraticProblem(spectrum, rotation, centre, nu)
 
 
@@ -179,8 +195,8 @@ def random_rotation(
     """A rotation matrix drawn uniformly over the rotations of space, §2.2.
 
     The orthogonal factor of a Gaussian matrix, with the sign ambiguity of the QR
-    decomposition removed; without that the distribution would depend on the algorithm.
-    A reflection becomes a rotation by turning one column around.
+    decomposition removed; otherwise the distribution would depend on the algorithm. A
+    reflection is turned into a rotation by negating one column.
 
     Args:
       key: A JAX random key.
@@ -210,7 +226,7 @@ def random_rotation(
         raise ValueError(f"`size` must be at least one, got {size}.")
     normal = jax.random.normal(key, (size, size), dtype)
     orthogonal, triangular = jnp.linalg.qr(normal)
-    # A diagonal element of exactly zero keeps its column.
+    # A diagonal element of exactly zero leaves its column unchanged.
     flips = jnp.where(jnp.diagonal(triangular) < 0, -1.0, 1.0).astype(normal.dtype)
     uniform = orthogonal * flips[jnp.newaxis, :]
     handedness, _ = jnp.linalg.slogdet(uniform)
@@ -231,12 +247,13 @@ def partial_rotation(rotation: ArrayLike, fraction: ArrayLike) -> jax.Array:
       R^t, a rotation of shape [d, d].
 
     Raises:
-      ValueError: If `rotation` is no square matrix.
+      ValueError: If `rotation` is not a square matrix, `fraction` is not a scalar, or
+        concrete ones are not a rotation and a finite number.
 
     Edge cases:
-      * A rotation by exactly π in some plane has two shortest paths, and gives NaN. A
-        random rotation has none.
-      * Close to π, digits are lost: some four of float32's seven for d = 100.
+      * A rotation by exactly π in some plane has two shortest paths, and gives NaN. For
+        a random rotation this has probability zero.
+      * Close to π, digits are lost: about four of float32's seven for d = 100.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -251,9 +268,12 @@ def partial_rotation(rotation: ArrayLike, fraction: ArrayLike) -> jax.Array:
         raise ValueError(
             f"`rotation` must be a square matrix, got shape {rotation.shape}."
         )
+    check_shape("fraction", t, (), "one rotation")
+    check_rotation("rotation", rotation)
+    check_finite("fraction", t)
     identity = jnp.eye(rotation.shape[0], dtype=rotation.dtype)
-    # Cayley's transform is skew-symmetric with the eigenvalues -i tan(θ/2), which tell
-    # θ from -θ, as those of R + Rᵀ do not.
+    # Cayley's transform is skew-symmetric with the eigenvalues -i tan(θ/2). They
+    # distinguish θ from -θ, unlike those of R + Rᵀ.
     skew = jnp.linalg.solve(identity + rotation, identity - rotation)
     skew = 0.5 * (skew - skew.T)
     tangents, planes = jnp.linalg.eigh(1j * skew)

@@ -1,8 +1,8 @@
-"""How much the sign of a Gaussian estimate knows about the true sign, §1.4.
+"""Probability that the sign of a Gaussian estimate is the true sign, §1.4.
 
-Everything here depends on mean and standard deviation through their ratio alone, and
-is exact in both tails: a hopeless sign keeps all digits of its small 2ρ-1, and neither
-a zero mean nor a zero deviation makes a NaN, in value or in derivative.
+All functions depend on mean and standard deviation through their ratio alone. They are
+exact in both tails: 2ρ-1 keeps all digits where it is small. Neither a zero mean nor a
+zero deviation gives NaN, in value or in derivative.
 """
 
 import math
@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from dissect_optax.theory._arguments import as_same_shape, check_not_negative
+from dissect_optax.theory._arguments import (
+    as_same_shape,
+    check_not_negative,
+    magnitude,
+)
+from dissect_optax.theory._scales import quotient
 
 # From here on erf(z/√2) is one to the last bit and exp(-z²/2) is zero, also in float64.
 _SATURATED = 40.0
@@ -36,7 +41,8 @@ def expected_sign(mean: ArrayLike, std: ArrayLike) -> jax.Array:
 
     Edge cases:
       * σ = 0: the sign itself, with sign(0) = 0 and derivative zero.
-      * Ratios that overflow count as certain, ratios that underflow as hopeless.
+      * A ratio that overflows counts as infinite, one that underflows as zero.
+      * An infinite p: its sign. An infinite σ: zero. Both infinite: NaN.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -53,11 +59,11 @@ def expected_sign(mean: ArrayLike, std: ArrayLike) -> jax.Array:
 
 
 def sign_certainty(mean: ArrayLike, std: ArrayLike) -> jax.Array:
-    """The excess 2ρ-1 of right over wrong signs, the optimal factor of Eq. (15).
+    """The optimal factor 2ρ-1 of a Gaussian sign, Eq. (15).
 
     2ρ-1 = erf(|p| / (√2 σ)) minimises E‖γ⊙sign(p̂) - sign(p)‖² over all γ, for a
-    Gaussian p̂ ~ N(p, σ²). Use this rather than 2·`success_probability`-1, which has no
-    digits left where ρ is close to 1/2.
+    Gaussian p̂ ~ N(p, σ²). Use this rather than 2·`success_probability`-1, which loses
+    all digits where ρ is close to 1/2.
 
     Args:
       mean: p, of any shape.
@@ -72,6 +78,7 @@ def sign_certainty(mean: ArrayLike, std: ArrayLike) -> jax.Array:
     Edge cases:
       * p = 0: zero, also for σ = 0: there is no true sign to agree with.
       * σ = 0 and p ≠ 0: one.
+      * An infinite p: one. An infinite σ: zero. Both infinite: NaN.
       * The kink at p = 0 has derivative zero.
 
     Examples:
@@ -86,7 +93,7 @@ def sign_certainty(mean: ArrayLike, std: ArrayLike) -> jax.Array:
     References:
       Balles & Hennig, "Dissecting Adam", §3, Lemma 1.
     """
-    return jnp.abs(expected_sign(mean, std))
+    return magnitude(expected_sign(mean, std))
 
 
 def success_probability(mean: ArrayLike, std: ArrayLike) -> jax.Array:
@@ -106,6 +113,7 @@ def success_probability(mean: ArrayLike, std: ArrayLike) -> jax.Array:
 
     Edge cases:
       * p = 0: 1/2, also for σ = 0.
+      * An infinite p: one. An infinite σ: 1/2. Both infinite: NaN.
 
     Examples:
       >>> from dissect_optax import theory
@@ -119,25 +127,10 @@ def success_probability(mean: ArrayLike, std: ArrayLike) -> jax.Array:
 
 
 def standardize(mean: jax.Array, std: jax.Array) -> jax.Array:
-    """The mean in standard deviations, cut where every Gaussian integral saturates."""
+    """The mean in standard deviations, clipped where Gaussian integrals saturate."""
+    unknown = jnp.isinf(mean) & jnp.isinf(std)
     # Covers σ = 0, and the product overflows only where the ratio is small.
     saturated = jnp.abs(mean) >= _SATURATED * std
     ratio = quotient(jnp.where(saturated, 0.0, mean), jnp.where(saturated, 1.0, std))
-    return jnp.where(saturated, _SATURATED * jnp.sign(mean), ratio)
-
-
-@jax.custom_jvp
-def quotient(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """A quotient whose derivative never forms the square of the denominator."""
-    return numerator / denominator
-
-
-@quotient.defjvp
-def _quotient_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """The derivative (dn - n/d·dd)/d of a quotient n/d."""
-    numerator, denominator = primals
-    d_numerator, d_denominator = tangents
-    ratio = quotient(numerator, denominator)
-    return ratio, (d_numerator - ratio * d_denominator) / denominator
+    ratio = jnp.where(saturated, _SATURATED * jnp.sign(mean), ratio)
+    return jnp.where(unknown, jnp.nan, ratio)

@@ -99,7 +99,7 @@ def _cut_off_what_went_astray(
         for record in records
     )
     if axes.get_ylim()[1] > 2 * untrained:
-        lowest = min(np.nanmin(line.get_ydata()) for line in axes.lines)
+        lowest = min(np.nanmin(np.asarray(line.get_ydata())) for line in axes.lines)
         axes.set_ylim(0.8 * lowest, 2 * untrained)
 
 

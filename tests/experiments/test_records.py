@@ -49,6 +49,20 @@ def test_record_is_found_as_it_was_written(tmp_path):
     assert store.records("digits", "m_sgd", SETTINGS) == [record]
 
 
+@pytest.mark.parametrize("missing", ["validation_loss", "test_loss"])
+def test_measurements_that_lack_the_same_values_are_equal(missing):
+    line = made_up_record().evaluations[0]
+    # Distinct objects: a tuple equals its copy if both hold the same NaN object.
+    first, second = (
+        dataclasses.replace(line, **{missing: float("nan")}) for _ in range(2)
+    )
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != dataclasses.replace(first, training_loss=math.nan)
+    assert first != dataclasses.replace(first, **{missing: 0.5})
+    assert first != made_up_record().config
+
+
 def test_value_that_is_not_finite_is_null(tmp_path):
     store, record = Store(tmp_path), made_up_record(last_loss=math.inf)
     store.write(record)

@@ -1,5 +1,6 @@
 """Tables, effects and figures from records that were made up."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -157,6 +158,8 @@ def test_pair_with_a_diverged_run_is_left_out_of_an_effect():
     assert effect.mean == pytest.approx(15.0)
     nothing = paired_effect("b − a", {1: math.nan}, {1: 0.5})
     assert nothing.seeds == 0
+    assert nothing == dataclasses.replace(nothing, mean=float("nan"))
+    assert nothing != dataclasses.replace(nothing, mean=0.0)
     single = paired_effect("b − a", {1: 0.5}, {1: 0.6})
     cells = [
         list(column.cells)

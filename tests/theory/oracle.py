@@ -4,6 +4,7 @@ NumPy and SciPy only; nothing here knows JAX or the library.
 """
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 from scipy import integrate, special, stats
@@ -65,6 +66,36 @@ def momentum_variance_ratio(momentum: float, count: int) -> float:
     """var[r]/E[r]² of r = Σ μ^s g_(t-s), in units of one gradient's σ²/p²."""
     weights = float(momentum) ** np.arange(count)
     return float(np.sum(weights**2) / np.sum(weights) ** 2)
+
+
+def momentum_variance_ratio_slope(momentum: float, count: int) -> float:
+    """Derivative by μ of Σ μ^2s / (Σ μ^s)², in exact fractions."""
+    mu = Fraction(momentum)
+    total = sum(mu**s for s in range(count))
+    squares = sum(mu ** (2 * s) for s in range(count))
+    d_total = sum(s * mu ** (s - 1) for s in range(1, count))
+    d_squares = sum(2 * s * mu ** (2 * s - 1) for s in range(1, count))
+    return float((d_squares * total - 2 * squares * d_total) / total**3)
+
+
+def convergence_bound(
+    e0: float, steps: float, mu: float, smoothness: float, second_moment: float
+) -> float:
+    """1/(1/e₀ + cT) with c = 2μ²/(LG²), in exact fractions."""
+    e0, steps, mu, smoothness, second_moment = map(
+        Fraction, (e0, steps, mu, smoothness, second_moment)
+    )
+    rate = 2 * mu**2 / (smoothness * second_moment)
+    return float(1 / (1 / e0 + rate * steps))
+
+
+def gradient_improvement(
+    eigenvalues: np.ndarray, displacement: np.ndarray, noise: float
+) -> float:
+    """Eq. (20) for a diagonal matrix."""
+    g = eigenvalues * displacement
+    curvature = g @ (eigenvalues * g) + noise**2 * np.sum(eigenvalues**3)
+    return float((g @ g) ** 2 / (2 * curvature))
 
 
 def quadratic_loss(

@@ -1,14 +1,15 @@
 """Expected improvements: closed forms, Monte Carlo, bounds and Theorem 1."""
 
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.theory import oracle
 
 from dissect_optax import theory
+from tests.theory import oracle
 
 SAMPLES = 200_000
 
@@ -266,6 +267,163 @@ def test_errors_name_the_argument():
         theory.expected_improvement(direction, jnp.ones(2), jnp.eye(3))
 
 
+def test_values_outside_their_domain_are_errors():
+    good, mean = jnp.eye(2), jnp.ones(2)
+    for covariance, message in [
+        (
+            jnp.diag(jnp.array([1.0, jnp.inf])),
+            "must be finite, got inf. Where variances",
+        ),
+        (jnp.diag(jnp.array([1.0, jnp.nan])), "must not be NaN"),
+        (jnp.diag(jnp.array([1.0, -1.0])), r"variances on its diagonal, got -1\.0"),
+        (jnp.array([[1.0, 0.5], [-0.5, 1.0]]), r"must be symmetric\. Use 0\.5"),
+        (jnp.array([[0.01, 0.5], [0.5, 0.01]]), r"got 0\.5 at \[0, 1\] with standard"),
+    ]:
+        for make in (theory.gaussian_direction, theory.sign_direction):
+            with pytest.raises(ValueError, match=f"`covariance` .*{message}"):
+                make(mean, covariance)
+            jax.jit(make)(mean, covariance)
+    direction = theory.gaussian_direction(mean, good)
+    with pytest.raises(ValueError, match="`hessian` must be finite, got inf"):
+        theory.optimal_step_size(direction, mean, jnp.diag(jnp.array([1.0, jnp.inf])))
+
+
+def test_rounding_errors_are_not_outside_the_domain():
+    # Complete correlations, whose products of standard deviations are not exact.
+    covariance = jnp.outer(jnp.linspace(0.1, 3.0, 50), jnp.linspace(0.1, 3.0, 50))
+    noisy = covariance * (1 + 1e-6 * jax.random.normal(jax.random.key(0), (50, 50)))
+    theory.sign_direction(jnp.ones(50), noisy)
+
+
+# ---- Far from one -----------------------------------------------------------------
+
+SPECTRUM, START, NOISE = np.array([0.5, 2.0, 1.5]), np.array([1.0, -0.3, 2.0]), 0.7
+
+
+def scaled(curvature, length):
+    """A problem with other units of the loss and of the parameters, and a point."""
+    problem = theory.quadratic_problem(
+        jnp.asarray(SPECTRUM * curvature, jnp.float32),
+        noise=jnp.float32(NOISE * length),
+    )
+    return problem, jnp.asarray(START * length, jnp.float32)
+
+
+# The improvement is proportional to curvature·length².
+UNITS = [
+    (curvature, length)
+    for curvature in (1e-36, 1e-25, 1e-13, 1e-5, 1.0, 1e5, 1e13, 1e25, 1e37)
+    for length in (1e-30, 1e-15, 1e-5, 1.0, 1e5, 1e15, 1e30)
+    if 1e-34 < curvature * length**2 < 1e36 and 1e-34 < curvature * length < 1e36
+]
+
+
+# Compiled once for all units.
+of_gradient = jax.jit(jax.value_and_grad(theory.gradient_improvement, argnums=1))
+of_bound = jax.jit(jax.value_and_grad(theory.sign_improvement_bound, argnums=1))
+
+
+@pytest.mark.parametrize(("curvature", "length"), UNITS)
+def test_closed_forms_do_not_depend_on_the_units(curvature, length):
+    unit = curvature * length**2
+    expected = oracle.gradient_improvement(SPECTRUM, START, NOISE)
+    value, slope = of_gradient(*scaled(curvature, length))
+    np.testing.assert_allclose(float(value) / unit, expected, rtol=1e-5)
+
+    g, std = SPECTRUM * START, NOISE * SPECTRUM
+    certainty = 2 * oracle.success_probability(g, std) - 1
+    bound = np.sum(certainty * np.abs(g)) ** 2 / (2 * np.sum(SPECTRUM))
+    value, slope_of_bound = of_bound(*scaled(curvature, length))
+    np.testing.assert_allclose(float(value) / unit, bound, rtol=1e-5)
+
+    # The slopes are those of the unscaled problem, in their units.
+    for function, found in [(of_gradient, slope), (of_bound, slope_of_bound)]:
+        _, plain = function(*scaled(1.0, 1.0))
+        rescaled = np.asarray(found, np.float64) / (curvature * length)
+        np.testing.assert_allclose(rescaled, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "length"),
+    [units for units in UNITS if 1e-15 < units[0] * units[1] < 1e15],
+)
+@pytest.mark.parametrize("make", [theory.gaussian_direction, theory.sign_direction])
+def test_steps_and_improvements_do_not_depend_on_the_units(make, curvature, length):
+    def step_gain_and_change(curvature, length):
+        problem, theta = scaled(curvature, length)
+        arguments = problem.gradient(theta), problem.hessian
+        direction = make(arguments[0], problem.gradient_covariance)
+        step = theory.optimal_step_size(direction, *arguments)
+        gain = theory.expected_improvement(direction, *arguments)
+        change = theory.expected_loss_change(direction, *arguments, 1.5 * step)
+        return np.array([step, gain, change], np.float64)
+
+    unit = curvature * length**2
+    step_unit = 1 / curvature if make is theory.gaussian_direction else length
+    if not 1e-35 < step_unit < 1e35:
+        pytest.skip("the step size itself is not a number of this format")
+    units = np.array([step_unit, unit, unit])
+    np.testing.assert_allclose(
+        step_gain_and_change(curvature, length) / units,
+        step_gain_and_change(1.0, 1.0),
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("noise", [1e-30, 1e-15, 1e5, 1e12, 1e18])
+@pytest.mark.parametrize("length", [1e-15, 1.0, 1e15])
+def test_noise_of_any_size_enters_the_improvement(noise, length):
+    problem = theory.quadratic_problem(
+        jnp.asarray(SPECTRUM, jnp.float32), noise=jnp.float32(noise * length)
+    )
+    value = theory.gradient_improvement(problem, jnp.asarray(START * length))
+    expected = oracle.gradient_improvement(SPECTRUM * 1.0, START, noise) * length**2
+    if expected < 1e-36:
+        assert float(value) < 1e-36
+    else:
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e20, 1e38])
+def test_a_second_moment_that_leaves_its_format_is_an_error(scale):
+    direction = "under" if scale < 1 else "over"
+    with pytest.raises(ValueError, match=f"{direction}flows in float32.*float64"):
+        theory.gaussian_direction(scale * jnp.ones(2), jnp.zeros((2, 2)))
+    # Elements that vanish beside others, and a zero direction, are right.
+    theory.gaussian_direction(jnp.array([1.0, 1e-30]), jnp.zeros((2, 2)))
+    theory.gaussian_direction(jnp.zeros(2), jnp.zeros((2, 2)))
+
+
+def test_a_loss_without_a_minimum_along_the_direction_has_no_best_step():
+    gradient, hessian = jnp.array([1.0, 0.0]), jnp.diag(jnp.array([-1.0, 1.0]))
+    direction = theory.gaussian_direction(gradient, jnp.zeros((2, 2)))
+    arguments = direction, gradient, hessian
+    assert float(theory.optimal_step_size(*arguments)) == np.inf
+    assert float(theory.expected_improvement(*arguments)) == np.inf
+    downhill = direction, -gradient, hessian
+    assert float(theory.optimal_step_size(*downhill)) == -np.inf
+
+
+@pytest.mark.parametrize("dominance", [-0.1, 1.1, jnp.inf, -jnp.inf])
+def test_a_dominance_outside_its_interval_is_an_error(dominance):
+    problem, theta = make_problem(rotated=False), start()
+    with pytest.raises(ValueError, match=r"`dominance` must lie in \[0, 1\], got"):
+        theory.sign_improvement_bound(problem, theta, dominance)
+    with pytest.raises(ValueError, match="`dominance` must not be NaN"):
+        theory.sign_improvement_bound(problem, theta, jnp.nan)
+    jax.jit(theory.sign_improvement_bound)(problem, theta, dominance)
+    for allowed in (0.0, 1.0):
+        theory.sign_improvement_bound(problem, theta, allowed)
+
+
+def test_a_dominance_that_the_problem_does_not_have_is_an_error():
+    problem, theta = make_problem(), start()
+    own = float(problem.diagonal_dominance)
+    theory.sign_improvement_bound(problem, theta, own * (1 + 1e-6))
+    with pytest.raises(ValueError, match="must not exceed the problem's diagonal"):
+        theory.sign_improvement_bound(problem, theta, own + 0.01)
+
+
 # ---- Theorem 1 --------------------------------------------------------------------
 
 
@@ -321,3 +479,94 @@ def test_the_bound_of_theorem_1_at_the_minimum_and_with_wrong_constants():
     assert float(theory.convergence_bound(0.0, 5, **constants)) == 0.0
     with pytest.raises(ValueError, match=r"`lipschitz` must be positive, got 0\.0"):
         theory.convergence_bound(1.0, 5, **{**constants, "lipschitz": 0.0})
+
+
+CONSTANTS = ("strong_convexity", "lipschitz", "second_moment")
+FAR_FROM_ONE = [
+    # e0, T, μ, L, G²
+    (1e-30, 10, 1.0, 1.0, 1.0),
+    (1e-30, 1e10, 1e-3, 1.0, 1e-30),
+    (1e-20, 1e20, 1.0, 1.0, 1.0),
+    (1e30, 1e30, 1.0, 2.0, 1e30),
+    (1e37, 1e-30, 1.0, 1.0, 1.0),
+    (1e30, 1.0, 1e-20, 1.0, 1e25),
+    (1e20, 1e35, 1e-20, 1e-10, 1e15),
+    (1.0, 1e38, 1e-25, 1e10, 1e14),
+    (1e-10, 1e25, 1e-30, 1e-30, 1e-30),
+    (1e10, 0, 1.0, 1e30, 1.0),
+]
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=range(5))
+def bound_and_slopes(e0, steps, *constants):
+    return theory.convergence_bound(
+        e0, steps, **dict(zip(CONSTANTS, constants, strict=True))
+    )
+
+
+@pytest.mark.parametrize("arguments", FAR_FROM_ONE)
+def test_the_bound_of_theorem_1_and_its_derivatives_far_from_one(arguments):
+    arguments = [float(np.float32(value)) for value in arguments]
+
+    value, slopes = bound_and_slopes(*arguments)
+    expected = oracle.convergence_bound(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+    e0, steps, mu, smoothness, g2 = map(Fraction, arguments)
+    rate = 2 * mu**2 / (smoothness * g2)
+    rest = 1 / (1 + e0 * rate * steps)
+    by_log_rate = -e0 * rest * (1 - rest)
+    exact = [
+        rest**2,
+        -((e0 * rest) ** 2) * rate,
+        2 * by_log_rate / mu,
+        -by_log_rate / smoothness,
+        -by_log_rate / g2,
+    ]
+    for slope, fraction in zip(slopes, exact, strict=True):
+        # Derivatives that are not numbers of this format are zero or infinite.
+        if 1e-36 < abs(fraction) < 1e36:
+            np.testing.assert_allclose(slope, float(fraction), rtol=1e-5)
+        assert not np.isnan(slope)
+
+
+@pytest.mark.parametrize(
+    ("e0", "steps", "bound", "by_e0", "by_steps"),
+    [
+        (0.0, 5.0, 0.0, 1.0, 0.0),
+        (0.0, 0.0, 0.0, 1.0, 0.0),
+        (3.0, 0.0, 3.0, 1.0, -18.0),
+        (3.0, np.inf, 0.0, 0.0, 0.0),
+        (0.0, np.inf, 0.0, 0.0, 0.0),
+        (np.inf, 4.0, 1 / 8, 0.0, -1 / 32),
+        (np.inf, 0.0, np.inf, 0.0, 0.0),
+        (np.inf, np.inf, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_bound_of_theorem_1_at_zero_and_infinity(e0, steps, bound, by_e0, by_steps):
+    constants = dict.fromkeys(CONSTANTS, 1.0)  # c = 2
+    value, slopes = jax.value_and_grad(
+        functools.partial(theory.convergence_bound, **constants), (0, 1)
+    )(e0, steps)
+    np.testing.assert_allclose(value, bound)
+    np.testing.assert_allclose(slopes, [by_e0, by_steps])
+
+
+def test_the_constants_of_theorem_1_must_go_together():
+    ones = dict.fromkeys(CONSTANTS, 1.0)
+    theory.convergence_bound(1.0, 5, **{**ones, "lipschitz": 1 - 1e-7})
+    message = r"`strong_convexity` must not exceed `lipschitz`, got 1\.0 > 0\.5"
+    with pytest.raises(ValueError, match=message):
+        theory.convergence_bound(1.0, 5, **{**ones, "lipschitz": 0.5})
+    wrong = {**ones, "lipschitz": jnp.array([2.0, 1.0, 0.5])}
+    with pytest.raises(ValueError, match=message):
+        theory.convergence_bound(1.0, 5, **wrong)
+    jax.jit(functools.partial(theory.convergence_bound, 1.0, 5))(**wrong)
+    for name in CONSTANTS:
+        for value in (-1.0, jnp.inf, jnp.nan):
+            with pytest.raises(ValueError, match=f"`{name}` must"):
+                theory.convergence_bound(1.0, 5, **{**ones, name: value})
+    for arguments in [(-1.0, 5), (jnp.nan, 5), (1.0, -1), (1.0, jnp.nan)]:
+        with pytest.raises(ValueError, match="must not be"):
+            theory.convergence_bound(*arguments, **ones)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.theory import oracle
 from jax.test_util import check_grads
 from scipy import stats
 
 from dissect_optax import theory
+from tests.theory import oracle
 
 
 def random_pairs(count, largest):
@@ -96,6 +96,22 @@ def test_derivatives_at_the_edges_are_finite(h, r):
     assert bool(jnp.all(jnp.isfinite(jnp.stack(slopes))))
 
 
+@pytest.mark.parametrize("r", [-1.0, -0.5, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("h", [1e30, jnp.inf])
+def test_the_orthant_of_a_certain_sign_is_the_half_line_of_the_other(h, r):
+    for k in (-jnp.inf, -1.0, 0.0, 2.0, jnp.inf):
+        expected = float(theory.success_probability(k, 1.0)) if np.isfinite(k) else 1.0
+        expected = expected if k >= 0 else 1 - expected
+        ours = theory.orthant_probability(h, k, r)
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+        np.testing.assert_allclose(theory.orthant_probability(-h, k, r), 0.0, atol=1e-6)
+
+
 def test_an_impossible_correlation_is_an_error():
+    for r in (-1.1, jnp.inf):
+        with pytest.raises(ValueError, match=r"must lie in \[-1, 1\], got"):
+            theory.expected_sign_product(0.0, 0.0, jnp.array([0.5, r]))
+    with pytest.raises(ValueError, match="`correlation` must not be NaN"):
+        theory.expected_sign_product(0.0, 0.0, jnp.nan)
     with pytest.raises(ValueError, match=r"`correlation` must lie in \[-1, 1\]"):
         theory.orthant_probability(0.0, 0.0, 1.5)

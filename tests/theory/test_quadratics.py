@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.theory import oracle
 from scipy import stats
 
 from dissect_optax import theory
+from tests.theory import oracle
 
 
 def rotated_problem(size=5, noise=0.3):
@@ -116,6 +116,94 @@ def test_errors_name_the_argument():
         theory.random_rotation(jax.random.key(0), 0)
     with pytest.raises(ValueError, match=r"square matrix, got shape \(2, 3\)"):
         theory.partial_rotation(jnp.ones((2, 3)), 0.5)
+
+
+@pytest.mark.parametrize(
+    "basis",
+    [
+        [[1.0, 0.0], [0.0, 2.0]],
+        [[1.0, 1.0], [0.0, 1.0]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        [[1.0, 0.0], [0.01, 1.0]],
+        [[1e30, 0.0], [0.0, 1.0]],
+    ],
+)
+def test_a_basis_that_is_not_orthogonal_is_an_error(basis):
+    basis = jnp.array(basis)
+    with pytest.raises(ValueError, match=r"`basis` must be orthogonal.*linalg\.eigh"):
+        theory.quadratic_problem(jnp.ones(2), basis)
+    with pytest.raises(ValueError, match="`rotation` must be orthogonal"):
+        theory.partial_rotation(basis, 0.5)
+    jax.jit(theory.quadratic_problem)(jnp.ones(2), basis)
+    jax.jit(theory.partial_rotation)(basis, 0.5)
+
+
+def test_orthogonal_up_to_rounding_is_enough():
+    size = 300
+    basis = theory.random_rotation(jax.random.key(1), size)
+    theory.quadratic_problem(jnp.ones(size), basis)
+    reflection = basis.at[:, 0].multiply(-1.0)
+    theory.quadratic_problem(jnp.ones(size), reflection)
+    with pytest.raises(ValueError, match=r"`rotation` must have determinant \+1"):
+        theory.partial_rotation(reflection, 0.5)
+
+
+def test_numbers_that_are_not_finite_are_errors():
+    ones = jnp.ones(2)
+    for value, message in [
+        (jnp.inf, "must be finite, got inf"),
+        (jnp.nan, "not be NaN"),
+    ]:
+        with pytest.raises(ValueError, match=f"`eigenvalues` .*{message}"):
+            theory.quadratic_problem(jnp.array([1.0, value]))
+        with pytest.raises(ValueError, match=f"`noise` .*{message}"):
+            theory.quadratic_problem(ones, noise=value)
+        with pytest.raises(ValueError, match=f"`basis` .*{message}"):
+            theory.quadratic_problem(ones, jnp.diag(jnp.array([1.0, value])))
+        with pytest.raises(ValueError, match=f"`minimizer` .*{message}"):
+            theory.quadratic_problem(ones, minimizer=value * ones)
+        with pytest.raises(ValueError, match=f"`fraction` .*{message}"):
+            theory.partial_rotation(jnp.eye(2), value)
+    with pytest.raises(ValueError, match=r"`fraction` must have shape \(\)"):
+        theory.partial_rotation(jnp.eye(2), jnp.ones(2))
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-10, 1e10, 1e25, 1e36])
+def test_constants_of_a_problem_do_not_depend_on_the_unit_of_the_loss(scale):
+    plain = rotated_problem()
+    problem = theory.quadratic_problem(
+        plain.eigenvalues * scale, plain.basis, noise=0.3
+    )
+    np.testing.assert_allclose(
+        np.asarray(problem.gradient_std, np.float64) / scale,
+        plain.gradient_std,
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
+        problem.diagonal_dominance, plain.diagonal_dominance, rtol=1e-5
+    )
+    length = jnp.float32(1 / scale**0.5)
+    params = jnp.linspace(-1.0, 1.0, 5)
+    centred = plain._replace(minimizer=jnp.zeros(5))
+    np.testing.assert_allclose(
+        problem.excess_loss(params * length), centred.excess_loss(params), rtol=1e-5
+    )
+    noisy = problem._replace(noise=0.3 * length)
+    np.testing.assert_allclose(
+        noisy.loss(params * length), centred.loss(params), rtol=1e-5
+    )
+
+
+def test_the_deviation_of_a_flat_coordinate_keeps_its_digits_beside_a_steep_one():
+    problem = theory.quadratic_problem(jnp.array([1e-25, 1e10]), noise=2.0)
+    np.testing.assert_allclose(problem.gradient_std, [2e-25, 2e10], rtol=1e-6)
+
+
+def test_a_covariance_that_overflows_is_infinite_and_not_nan():
+    problem = rotated_problem()._replace(noise=jnp.float32(1e25))
+    expected = rotated_problem()._replace(noise=jnp.float32(1.0)).gradient_covariance
+    covariance = problem.gradient_covariance
+    np.testing.assert_array_equal(covariance, jnp.sign(expected) * jnp.inf)
 
 
 # ---- Rotations --------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """Success probabilities, factors and κ against SciPy, and at the edges."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.theory import oracle
 from jax.test_util import check_grads
 from scipy import optimize, special
 
 import dissect_optax
 from dissect_optax import theory
+from tests.theory import oracle
 
 OF_MEAN_AND_STD = [
     theory.success_probability,
@@ -112,6 +114,62 @@ def test_the_documented_values_at_the_edges(dtype, mean, std, certainty, factor)
     assert float(theory.success_probability(mean, std)) == pytest.approx(expected)
 
 
+LIMITS = {
+    theory.success_probability: (1.0, 0.5),
+    theory.sign_certainty: (1.0, 0.0),
+    theory.expected_sign: (1.0, 0.0),
+    theory.optimal_factor: (1.0, 0.0),
+    theory.adam_factor: (1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("function", OF_MEAN_AND_STD)
+@pytest.mark.parametrize("finite", [0.0, 1e-30, 1.0, 3e38])
+def test_infinite_arguments_have_the_values_of_the_limits(function, finite, dtype):
+    certain, hopeless = LIMITS[function]
+    side = -1.0 if function is theory.expected_sign else 1.0
+    with_slopes = jax.jit(jax.vmap(jax.value_and_grad(function, (0, 1))))
+    infinite = np.inf
+    mean = jnp.asarray([infinite, -infinite, finite, -finite], dtype)
+    std = jnp.asarray([finite, finite, infinite, infinite], dtype)
+    values, slopes = with_slopes(mean, std)
+    np.testing.assert_array_equal(values, [certain, side * certain] + 2 * [hopeless])
+    np.testing.assert_array_equal(slopes, np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("function", OF_MEAN_AND_STD)
+@pytest.mark.parametrize("mean", [jnp.inf, -jnp.inf])
+def test_the_ratio_of_two_infinite_arguments_is_unknown(function, mean):
+    assert np.isnan(function(mean, jnp.inf))
+    assert np.isnan(function(jnp.nan, 1.0))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [theory.success_probability, theory.sign_certainty, theory.adam_factor],
+)
+@pytest.mark.parametrize("std", [0.0, 1e-30, 1.0, 1e30])
+def test_the_kink_at_a_zero_mean_has_derivative_zero(function, std, dtype):
+    std = jnp.asarray(std, dtype)
+    for zero in (0.0, -0.0):
+        assert float(jax.grad(function)(jnp.asarray(zero, dtype), std)) == 0.0
+
+
+@pytest.mark.parametrize("function", OF_MEAN_AND_STD)
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16, jnp.int8])
+def test_narrow_and_mixed_dtypes_are_computed_in_float32(function, narrow):
+    mean, std = jnp.asarray([3, -2, 0], narrow), jnp.asarray([2.5, 1.5, 1.0])
+    with jax.numpy_dtype_promotion("strict"):
+        values = function(mean, std)
+    assert values.dtype == jnp.float32
+    np.testing.assert_array_equal(values, function(mean.astype(jnp.float32), std))
+
+
+def test_complex_numbers_are_an_error():
+    with pytest.raises(TypeError, match="about real numbers, got complex64"):
+        theory.optimal_factor(jnp.array(1j), 1.0)
+
+
 @pytest.mark.parametrize("function", OF_MEAN_AND_STD)
 def test_derivatives_are_those_of_the_function(function, x64):
     mean, std = jnp.array([0.3, -1.2, 5.0]), jnp.array([1.0, 0.4, 3.0])
@@ -165,6 +223,51 @@ def test_momentum_correction_is_the_variance_of_the_weighted_sum(momentum, x64):
     np.testing.assert_allclose(kappa, expected, rtol=1e-12)
 
 
+slope_of_kappa = jax.jit(jax.grad(theory.momentum_correction))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    "momentum",
+    [1e-10, 0.25, 0.5, 0.51, 0.9, 0.999, 0.999999, "the last number below one"],
+)
+def test_momentum_correction_has_the_derivative_of_its_sum(momentum, count, dtype):
+    if isinstance(momentum, str):
+        momentum = 1 - np.finfo(dtype).epsneg
+    momentum = jnp.asarray(momentum, dtype)
+    expected = oracle.momentum_variance_ratio_slope(float(momentum), count)
+    slope = slope_of_kappa(momentum, count)
+    np.testing.assert_allclose(slope, expected, rtol=2e2 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1e-10, 0.4, 0.6, 0.999, 1 - 1e-12])
+def test_momentum_correction_has_a_derivative_by_the_count(momentum, x64):
+    kappa = functools.partial(theory.momentum_correction, momentum)
+    for count in (1.5, 2.0, 7.0, 1e6):
+        step = 1e-4 * count
+        # The fourth-order central difference.
+        difference = (
+            8 * (kappa(count + step) - kappa(count - step))
+            - kappa(count + 2 * step)
+            + kappa(count - 2 * step)
+        ) / (12 * step)
+        slope = jax.grad(kappa)(count)
+        np.testing.assert_allclose(slope, difference, rtol=1e-8, atol=1e-11 / count)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.999999])
+@pytest.mark.parametrize("count", [1e20, 1e38, np.inf])
+def test_momentum_correction_of_endless_sums_is_its_limit(momentum, count, dtype):
+    momentum = jnp.asarray(momentum, dtype)
+    value, (by_momentum, by_count) = jax.value_and_grad(
+        theory.momentum_correction, (0, 1)
+    )(momentum, count)
+    mu, tolerance = float(momentum), 4 * np.finfo(dtype).eps
+    np.testing.assert_allclose(value, (1 - mu) / (1 + mu), rtol=tolerance)
+    np.testing.assert_allclose(by_momentum, -2 / (1 + mu) ** 2, rtol=tolerance)
+    assert float(by_count) == 0.0
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 1000])
 def test_momentum_correction_has_a_derivative_without_momentum(count, dtype):
     slope = jax.grad(theory.momentum_correction)(jnp.zeros((), dtype), count)
@@ -185,7 +288,22 @@ def test_a_negative_deviation_is_an_error(function):
         function(1.0, jnp.array([1.0, -0.5]))
 
 
+@pytest.mark.parametrize("function", OF_MEAN_AND_STD)
+def test_traced_arguments_are_not_checked(function):
+    values = jax.jit(function)(1.0, jnp.array([1.0, -0.5]))
+    assert values.shape == (2,)
+    with pytest.raises(ValueError, match="`std` must not be NaN, got nan"):
+        function(1.0, jnp.array([1.0, jnp.nan]))
+
+
 def test_momentum_correction_names_what_is_wrong():
+    for momentum in (-0.1, 1.5, jnp.inf):
+        with pytest.raises(ValueError, match=r"`momentum` must lie in \[0, 1\), got"):
+            theory.momentum_correction(jnp.array([0.5, momentum]), 3)
+    with pytest.raises(ValueError, match="`momentum` must not be NaN"):
+        theory.momentum_correction(jnp.nan, 3)
+    with pytest.raises(ValueError, match="`count` must not be NaN"):
+        theory.momentum_correction(0.9, jnp.nan)
     with pytest.raises(ValueError, match=r"`momentum` must lie in \[0, 1\), got 1\.0"):
         theory.momentum_correction(1.0, 3)
     with pytest.raises(ValueError, match=r"starts at one, got 0"):
