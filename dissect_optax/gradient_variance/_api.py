@@ -13,10 +13,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Var
 
-from dissect_optax import _formulas
+from dissect_optax.gradient_variance._merging import (
+    Summary,
+    check_microbatch_size,
+    checked_weights,
+    in_microbatches,
+    masked,
+    merged_over_axis,
+    relative_weights,
+    variance_factor,
+)
 from dissect_optax.gradient_variance._program import (
     Atom,
     depends_on,
@@ -25,8 +33,8 @@ from dissect_optax.gradient_variance._program import (
     trace,
     without_accumulation,
 )
-from dissect_optax.gradient_variance._terms import Batch, Moments, Term, accumulator
 from dissect_optax.gradient_variance._rules import Walk
+from dissect_optax.gradient_variance._terms import Batch, Moments, Term, accumulator
 
 PyTree = Any
 
@@ -50,16 +58,6 @@ class VarianceRoute(NamedTuple):
             f"{self.parameter} {list(self.shape)}: {', '.join(self.routes)}; "
             f"{self.operations:.1e} operations, {self.numbers:.1e} numbers"
         )
-
-
-class _Summary(NamedTuple):
-    """Value, gradient and spread of a set of examples, and what the set weighs."""
-
-    weight: jax.Array
-    squared_weight: jax.Array
-    value: jax.Array
-    means: list[jax.Array]
-    spreads: list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +168,7 @@ def value_grad_and_variance(
         Balles & Hennig, "Dissecting Adam", §C.1; Chan, Golub & LeVeque (1979),
         "Updating formulae and a pairwise algorithm for computing sample variances".
     """
-    _check_microbatch_size(microbatch_size)
+    check_microbatch_size(microbatch_size)
     return functools.partial(
         _value_grad_and_variance,
         loss,
@@ -266,7 +264,7 @@ def _value_grad_and_variance(
             f"{total}. Use `jax.value_and_grad` for a single example."
         )
     if weights is not None:
-        weights = _relative(_checked_weights(weights, size), axis_name)
+        weights = relative_weights(checked_weights(weights, size), axis_name)
     plan = _plan(loss, has_aux, params, batch, shared)
     part = size if microbatch_size is None else min(microbatch_size, size)
     merged = part < size or axis_name is not None
@@ -275,15 +273,15 @@ def _value_grad_and_variance(
     )
     examples = (jax.tree.leaves(batch), weights)
     if part < size:
-        summary, aux = _in_microbatches(run, examples, size, part)
+        summary, aux = in_microbatches(run, examples, size, part)
     else:
         summary, aux = run(examples)
     if axis_name is not None:
-        summary = _merged_over_axis(summary, axis_name)
+        summary = merged_over_axis(summary, axis_name)
 
     variances = summary.spreads
     if merged:
-        factor = _variance_factor(summary.weight, summary.squared_weight)
+        factor = variance_factor(summary.weight, summary.squared_weight)
         variances = [s * factor.astype(s.dtype) for s in variances]
     value, grads = summary.value, summary.means
     if regularizer is not None:
@@ -387,7 +385,7 @@ def _summary(
     finished: bool,
     params: list[jax.Array],
     examples: tuple[list[jax.Array], jax.Array | None],
-) -> tuple[_Summary, list[jax.Array]]:
+) -> tuple[Summary, list[jax.Array]]:
     """Summary and stacked auxiliary output of some examples.
 
     With `finished`, these are all examples, and the spreads are already Eq. (44).
@@ -415,11 +413,11 @@ def _summary(
         shares = weights / jnp.where(weight > 0, weight, 1)
         counts = shares > 0
         # Padding may hold anything, also values whose gradient is not finite.
-        values, *stacks = (_masked(x, counts) for x in (values, *stacks))
+        values, *stacks = (masked(x, counts) for x in (values, *stacks))
     scale = jnp.ones((), plan.weight_dtype)
     if finished:
         # Here and not at the end, so that a table's unread rows need no second pass.
-        scale = _variance_factor(weight, squared_weight)
+        scale = variance_factor(weight, squared_weight)
     batch = Batch(
         dict(zip(varying, stacks, strict=True)),
         dict(zip(fixed, constants, strict=True)),
@@ -431,142 +429,10 @@ def _summary(
     moments: list[Moments] = list(map(batch.moments, plan.terms))
     value = (shares * values).sum()
     means, spreads = ([m[i] for m in moments] for i in range(2))
-    return _Summary(weight, squared_weight, value, means, spreads), aux
-
-
-def _masked(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """Zero in the examples that do not count."""
-    return jnp.where(counts.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
-
-
-# ---- Merging -----------------------------------------------------------------------
-
-
-def _in_microbatches(
-    run: Callable[..., tuple[_Summary, list[jax.Array]]],
-    examples: Any,
-    size: int,
-    microbatch_size: int,
-) -> tuple[_Summary, list[jax.Array]]:
-    """Summary of a batch from summaries of its parts, one after the other."""
-    full = size // microbatch_size
-    parts = jax.tree.map(
-        functools.partial(_split, count=full, size=microbatch_size), examples
-    )
-    first, first_aux = run(jax.tree.map(_first, parts))
-    merge = functools.partial(_merge_next, run)
-    summary, aux = jax.lax.scan(merge, first, jax.tree.map(_after_first, parts))
-    collected = [
-        jnp.concatenate([head, jax.lax.collapse(rest, 0, 2)])
-        for head, rest in zip(first_aux, aux, strict=True)
-    ]
-    if size % microbatch_size:
-        start = full * microbatch_size
-        rest = jax.tree.map(functools.partial(_from, start=start), examples)
-        summary, last = merge(summary, rest)
-        collected = [
-            jnp.concatenate([head, tail])
-            for head, tail in zip(collected, last, strict=True)
-        ]
-    return summary, collected
-
-
-def _split(leaf: jax.Array, count: int, size: int) -> jax.Array:
-    """The first `count` microbatches along a new leading axis."""
-    return leaf[: count * size].reshape(count, size, *leaf.shape[1:])
-
-
-def _first(leaf: jax.Array) -> jax.Array:
-    """The first microbatch."""
-    return leaf[0]
-
-
-def _after_first(leaf: jax.Array) -> jax.Array:
-    """All microbatches but the first."""
-    return leaf[1:]
-
-
-def _from(leaf: jax.Array, start: int) -> jax.Array:
-    """What is left after the full microbatches."""
-    return leaf[start:]
-
-
-def _merge_next(
-    run: Callable[..., tuple[_Summary, list[jax.Array]]], summary: _Summary, part: Any
-) -> tuple[_Summary, list[jax.Array]]:
-    """Add the examples of one more microbatch to a summary."""
-    other, aux = run(part)
-    moments = [
-        _formulas.merged_moments(summary.weight, m, s, other.weight, om, os)
-        for m, s, om, os in zip(
-            summary.means, summary.spreads, other.means, other.spreads, strict=True
-        )
-    ]
-    means, spreads = ([m[i] for m in moments] for i in range(2))
-    total = summary.weight + other.weight
-    share = jnp.where(total > 0, other.weight / jnp.where(total > 0, total, 1), 0)
-    merged = _Summary(
-        total,
-        summary.squared_weight + other.squared_weight,
-        summary.value + share * (other.value - summary.value),
-        means,
-        spreads,
-    )
-    return merged, aux
-
-
-def _merged_over_axis(summary: _Summary, axis_name: Any) -> _Summary:
-    """Summary of all devices along a mapped axis."""
-    weight = jax.lax.psum(summary.weight, axis_name)
-    share = summary.weight / jnp.where(weight > 0, weight, 1)
-    means = [
-        jax.lax.psum(share.astype(m.real.dtype) * m, axis_name) for m in summary.means
-    ]
-    spreads = [
-        jax.lax.psum(
-            share.astype(s.dtype) * (s + _formulas.squared_magnitude(local - mean)),
-            axis_name,
-        )
-        for s, local, mean in zip(summary.spreads, summary.means, means, strict=True)
-    ]
-    return _Summary(
-        weight,
-        jax.lax.psum(summary.squared_weight, axis_name),
-        jax.lax.psum(share * summary.value, axis_name),
-        means,
-        spreads,
-    )
-
-
-def _relative(weights: jax.Array, axis_name: Any) -> jax.Array:
-    """Weights in units of the largest one, so that their squares are no matter."""
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
-    largest = weights.max()
-    if axis_name is not None:
-        largest = jax.lax.pmax(largest, axis_name)
-    return weights / jnp.where(largest > 0, largest, 1)
-
-
-def _variance_factor(weight: jax.Array, squared_weight: jax.Array) -> jax.Array:
-    """Factor from spread to variance, given Σw and Σw²; zero where nothing counts."""
-    safe = jnp.where(weight > 0, weight, 1)
-    squared_share = jnp.where(weight > 0, squared_weight / safe / safe, 1)
-    return _formulas.variance_of_mean_factor(squared_share)
+    return Summary(weight, squared_weight, value, means, spreads), aux
 
 
 # ---- Checks ------------------------------------------------------------------------
-
-
-def _check_microbatch_size(microbatch_size: int | None) -> None:
-    """Reject a microbatch size that is not a positive integer."""
-    if microbatch_size is None:
-        return
-    is_integer = isinstance(microbatch_size, int | np.integer)
-    if not is_integer or isinstance(microbatch_size, bool) or microbatch_size < 1:
-        raise ValueError(
-            "`microbatch_size` must be a positive integer or None, got "
-            f"{microbatch_size!r}. None takes the whole batch at once."
-        )
 
 
 def _batch_size(batch: PyTree) -> int:
@@ -591,26 +457,3 @@ def _batch_size(batch: PyTree) -> int:
     if size == 0:
         raise ValueError("`batch` is empty: its leaves have length 0.")
     return size
-
-
-def _checked_weights(weights: jax.typing.ArrayLike, size: int) -> jax.Array:
-    """Weights as an array; concrete ones must leave a variance to be estimated."""
-    weights = jnp.asarray(weights)
-    if weights.shape != (size,):
-        raise ValueError(
-            f"`weights` must hold one number per example, shape ({size},), got shape "
-            f"{weights.shape}."
-        )
-    if not isinstance(weights, jax.core.Tracer):
-        concrete = np.asarray(weights)
-        if not (np.isfinite(concrete).all() and (concrete >= 0).all()):
-            raise ValueError(
-                f"`weights` must be finite and not negative, got {concrete}. Use 0 for "
-                "examples that do not count."
-            )
-        if np.count_nonzero(concrete) < 2:
-            raise ValueError(
-                "The variance of a gradient needs at least two examples with positive "
-                f"weight, got {np.count_nonzero(concrete)}."
-            )
-    return weights
