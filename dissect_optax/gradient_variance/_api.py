@@ -70,6 +70,65 @@ class VarianceRoute(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The user's loss and how it is called."""
+
+    function: Callable[..., Any]
+    has_aux: bool
+    batched: bool
+
+    def of_one(
+        self, params: PyTree, example: PyTree, shared: Sequence[Any]
+    ) -> tuple[jax.Array, Any]:
+        """The loss of one example and its auxiliary output, checked."""
+        if self.batched:
+            example = jax.tree.map(lambda leaf: leaf[None], example)
+        try:
+            result = self.function(params, example, *shared)
+        except Exception as error:
+            shapes = jax.tree.map(jnp.shape, example)
+            form = (
+                "a batch of one example"
+                if self.batched
+                else "one example, without the batch axis (see `batched`)"
+            )
+            error.add_note(
+                f"`value_grad_and_variance` calls the loss with {form}; its shapes are "
+                f"{shapes}."
+            )
+            raise
+        return self._checked(result)
+
+    def _checked(self, result: Any) -> tuple[jax.Array, Any]:
+        """Value and auxiliary output."""
+        if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                "With `has_aux=True` the loss must return a pair (value, aux), got "
+                f"{type(result).__name__}."
+            )
+        value, aux = result if self.has_aux else (result, ())
+        subject = "mean loss of a batch" if self.batched else "loss of one example"
+        if not jax.tree_util.all_leaves([value]):
+            raise TypeError(
+                f"The {subject} must be a real scalar, got a {type(value).__name__}. "
+                "For a pair (loss, aux), use `has_aux=True`."
+            )
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            remedy = (
+                "Return the mean over the batch."
+                if self.batched
+                else "Sum or average over the outputs of the example; the batch axis "
+                "is not visible to the loss."
+            )
+            raise TypeError(
+                f"The {subject} must be a real scalar, got an array of shape {shape} "
+                f"and dtype {dtype}. {remedy}"
+            )
+        return jnp.asarray(value), aux
+
+
+@dataclasses.dataclass(frozen=True)
 class _Plan:
     """The program of one example, and the terms of its gradient."""
 
@@ -267,7 +326,7 @@ def explain_variance(
 
 
 def _explain_variance(
-    loss: "_Loss", trainable: Trainable, params: PyTree, batch: PyTree, *shared: Any
+    loss: _Loss, trainable: Trainable, params: PyTree, batch: PyTree, *shared: Any
 ) -> list[VarianceRoute]:
     """The report of `explain_variance`; arguments may be shapes."""
     size = _batch_size(batch)
@@ -302,7 +361,7 @@ def _explain_variance(
 
 
 def _value_grad_and_variance(
-    loss: "_Loss",
+    loss: _Loss,
     trainable: Trainable,
     regularizer: Callable[[PyTree], jax.Array] | None,
     microbatch_size: int | None,
@@ -372,7 +431,7 @@ def _penalty(
 
 
 def _plan(
-    loss: "_Loss",
+    loss: _Loss,
     selection: Selection,
     frozen: list[Any],
     batch: PyTree,
@@ -389,13 +448,15 @@ def _plan(
     )
     count = len(selection.trainable)
     (_, aux), _ = result
-    warn_of_centering(program.jaxpr, program.jaxpr.invars[count:])
-    if loss.batched:
 
-        def whole(trainable: list[Any], batch: PyTree) -> Any:
-            return loss.function(selection.full(trainable, frozen), batch, *shared)
+    def whole(trainable: list[Any], batch: PyTree) -> Any:
+        return loss.function(selection.full(trainable, frozen), batch, *shared)
 
-        warn_of_mixing(whole, selection.trainable, example, program.jaxpr)
+    if not (
+        loss.batched
+        and warn_of_mixing(whole, selection.trainable, example, program.jaxpr)
+    ):
+        warn_of_centering(program.jaxpr, program.jaxpr.invars[count:])
     outputs = len(program.jaxpr.outvars)
     program = without_accumulation(program, range(outputs - count, outputs))
     jaxpr = program.jaxpr
@@ -414,65 +475,6 @@ def _plan(
         jax.tree.structure(aux),
         weight_dtype,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loss:
-    """The user's loss and how it is called."""
-
-    function: Callable[..., Any]
-    has_aux: bool
-    batched: bool
-
-    def of_one(
-        self, params: PyTree, example: PyTree, shared: Sequence[Any]
-    ) -> tuple[jax.Array, Any]:
-        """The loss of one example and its auxiliary output, checked."""
-        if self.batched:
-            example = jax.tree.map(lambda leaf: leaf[None], example)
-        try:
-            result = self.function(params, example, *shared)
-        except Exception as error:
-            shapes = jax.tree.map(jnp.shape, example)
-            form = (
-                "a batch of one example"
-                if self.batched
-                else "one example, without the batch axis (see `batched`)"
-            )
-            error.add_note(
-                f"`value_grad_and_variance` calls the loss with {form}; its shapes are "
-                f"{shapes}."
-            )
-            raise
-        return self._checked(result)
-
-    def _checked(self, result: Any) -> tuple[jax.Array, Any]:
-        """Value and auxiliary output."""
-        if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                "With `has_aux=True` the loss must return a pair (value, aux), got "
-                f"{type(result).__name__}."
-            )
-        value, aux = result if self.has_aux else (result, ())
-        subject = "mean loss of a batch" if self.batched else "loss of one example"
-        if not jax.tree_util.all_leaves([value]):
-            raise TypeError(
-                f"The {subject} must be a real scalar, got a {type(value).__name__}. "
-                "For a pair (loss, aux), use `has_aux=True`."
-            )
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
-        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-            remedy = (
-                "Return the mean over the batch."
-                if self.batched
-                else "Sum or average over the outputs of the example; the batch axis "
-                "is not visible to the loss."
-            )
-            raise TypeError(
-                f"The {subject} must be a real scalar, got an array of shape {shape} "
-                f"and dtype {dtype}. {remedy}"
-            )
-        return jnp.asarray(value), aux
 
 
 def _without_batch_axis(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -56,8 +56,8 @@ def warn_of_centering(jaxpr: Jaxpr, examples: Sequence[Var]) -> None:
 
 def warn_of_mixing(
     loss: Callable[..., Any], params: Any, example: Any, jaxpr: Jaxpr
-) -> None:
-    """Warn of a loss `loss(params, batch)` in which examples meet.
+) -> bool:
+    """Warn of a loss `loss(params, batch)` in which examples meet; whether they do.
 
     Args:
         loss: Mean over a batch.
@@ -67,27 +67,29 @@ def warn_of_mixing(
     """
     size = batch_size_apart_from(lengths(jaxpr))
     if size is None:
-        return
+        return False
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), example
     )
     try:
         program, _ = trace(loss, params, batch)
     except Exception:
-        return  # It takes batches of certain lengths only.
+        return False  # It takes batches of certain lengths only.
     examples = program.jaxpr.invars[len(jax.tree.leaves(params)) :]
     found = mixes_examples(program.jaxpr, examples, size)
-    if found is not None:
-        shape = ", ".join(
-            "batch" if n == size else str(n) for n in shaped(found.outvars[0]).shape
-        )
-        warnings.warn(
-            "The batched loss lets examples meet: it combines a value of the whole "
-            f"batch with single examples in a `{found.primitive.name}` of shape "
-            f"[{shape}]. Its mean over batches of one is another function. " + REMEDY,
-            UserWarning,
-            stacklevel=2,
-        )
+    if found is None:
+        return False
+    shape = ", ".join(
+        "batch" if n == size else str(n) for n in shaped(found.outvars[0]).shape
+    )
+    warnings.warn(
+        "The batched loss lets examples meet: it combines a value of the whole batch "
+        f"with single examples in a `{found.primitive.name}` of shape [{shape}]. Its "
+        "mean over batches of one is another function. " + REMEDY,
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def centered_on_itself(

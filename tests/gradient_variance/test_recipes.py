@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "gradient_variance.md"
 
 def recipes():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 12
     return "\n".join(blocks)
 
 
