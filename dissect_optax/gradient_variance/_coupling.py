@@ -29,8 +29,6 @@ from dissect_optax.gradient_variance._program import Atom, depends_on, shaped, t
 
 SAME_ELEMENTS = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze")
 PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
-
-
 REMEDY = (
     "Batch normalization in training mode does so. Use its running statistics "
     "(`use_running_average=True` in Flax Linen, `model.eval()` in Flax NNX), a "
@@ -74,7 +72,8 @@ def warn_of_mixing(
     try:
         program, _ = trace(loss, params, batch)
     except Exception:
-        return False  # It takes batches of certain lengths only.
+        # It takes batches of certain lengths only, which is no fault.
+        return False
     examples = program.jaxpr.invars[len(jax.tree.leaves(params)) :]
     found = mixes_examples(program.jaxpr, examples, size)
     if found is None:

@@ -1,4 +1,4 @@
-"""What is known of parts of a batch, and how parts make a whole.
+"""Summaries of parts of a batch, and how they are merged.
 
 A `Summary` holds the means and spreads of some examples. Micro-batches are summed up
 one after the other, devices along a mapped axis all at once; both merge exactly.
@@ -130,7 +130,7 @@ def merged_over_axis(summary: Summary, axis_name: Any) -> Summary:
 
 
 def relative_weights(weights: jax.Array, axis_name: Any) -> jax.Array:
-    """Weights in units of the largest one, so that their squares are no matter."""
+    """Weights in units of the largest one, so that their squares do not overflow."""
     weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
     largest = weights.max()
     if axis_name is not None:
