@@ -13,37 +13,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Var
 
 from dissect_optax.gradient_variance._coupling import (
     warn_of_centering,
     warn_of_mixing,
 )
 from dissect_optax.gradient_variance._merging import (
-    Summary,
     check_microbatch_size,
     checked_weights,
     in_microbatches,
-    masked,
     merged_over_axis,
     relative_weights,
-    variance_factor,
 )
 from dissect_optax.gradient_variance._parameters import (
     Selection,
     Trainable,
     select_parameters,
 )
-from dissect_optax.gradient_variance._program import (
-    Atom,
-    depends_on,
-    select,
-    shaped,
-    trace,
-    without_accumulation,
+from dissect_optax.gradient_variance._plan import (
+    Plan,
+    plan_of,
+    summarize,
+    variance_factor,
 )
-from dissect_optax.gradient_variance._rules import Walk
-from dissect_optax.gradient_variance._terms import Batch, Moments, Term, accumulator
+from dissect_optax.gradient_variance._program import dtype_of
 
 PyTree = Any
 
@@ -126,20 +119,6 @@ class _Loss:
                 f"and dtype {dtype}. {remedy}"
             )
         return jnp.asarray(value), aux
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The program of one example, and the terms of its gradient."""
-
-    program: ClosedJaxpr
-    value: Atom
-    aux: list[Atom]
-    terms: list[Term]
-    dependent: set[Var]
-    parameter_count: int
-    aux_tree: Any
-    weight_dtype: jnp.dtype
 
 
 def value_grad_and_variance(
@@ -387,10 +366,10 @@ def _value_grad_and_variance(
         weights = relative_weights(checked_weights(weights, size), axis_name)
     selection = select_parameters(params, trainable)
     leaves = selection.trainable
-    plan = _plan(loss, selection, selection.frozen, batch, shared)
+    plan = _plan(loss, selection, selection.frozen, batch, shared, two_pass, precision)
     part = size if microbatch_size is None else min(microbatch_size, size)
     merged = part < size or axis_name is not None
-    run = functools.partial(_summary, plan, two_pass, precision, not merged, leaves)
+    run = functools.partial(summarize, plan, two_pass, precision, not merged, leaves)
     examples = (jax.tree.leaves(batch), weights)
     if part < size:
         summary, aux = in_microbatches(run, examples, size, part)
@@ -410,7 +389,7 @@ def _value_grad_and_variance(
         value = value + extra
         grads = [g + e for g, e in zip(grads, extra_grads, strict=True)]
     grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
-    value = value.astype(shaped(plan.value).dtype)
+    value = value.astype(dtype_of(plan.value))
     return (
         (value, jax.tree.unflatten(plan.aux_tree, aux)) if loss.has_aux else value,
         selection.results(grads),
@@ -436,104 +415,36 @@ def _plan(
     frozen: list[Any],
     batch: PyTree,
     shared: Sequence[Any],
-) -> _Plan:
-    """Trace one example and find the terms of its gradient."""
+    two_pass: bool = False,
+    precision: jax.lax.PrecisionLike = None,
+) -> Plan:
+    """The plan of one example of the batch; warns if examples meet in the loss."""
     example = jax.tree.map(_without_batch_axis, batch)
 
     def one(trainable: list[Any], example: PyTree) -> tuple[jax.Array, Any]:
         return loss.of_one(selection.full(trainable, frozen), example, shared)
 
-    program, result = trace(
-        jax.value_and_grad(one, has_aux=True), selection.trainable, example
-    )
-    count = len(selection.trainable)
-    (_, aux), _ = result
-
     def whole(trainable: list[Any], batch: PyTree) -> Any:
         return loss.function(selection.full(trainable, frozen), batch, *shared)
 
-    if not (
-        loss.batched
-        and warn_of_mixing(whole, selection.trainable, example, program.jaxpr)
-    ):
-        warn_of_centering(program.jaxpr, program.jaxpr.invars[count:])
-    outputs = len(program.jaxpr.outvars)
-    program = without_accumulation(program, range(outputs - count, outputs))
-    jaxpr = program.jaxpr
-    dependent = depends_on(jaxpr, jaxpr.invars[count:])
-    walk = Walk(jaxpr, dependent)
-    terms = [walk.term(v) for v in jaxpr.outvars[outputs - count :]]
-    dtypes = [accumulator(shaped(v).dtype) for v in jaxpr.outvars[outputs - count :]]
-    weight_dtype = jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
-    return _Plan(
-        program,
-        jaxpr.outvars[0],
-        jaxpr.outvars[1 : outputs - count],
-        terms,
-        dependent,
-        count,
-        jax.tree.structure(aux),
-        weight_dtype,
+    plan = plan_of(
+        jax.value_and_grad(one, has_aux=True),
+        selection.trainable,
+        example,
+        two_pass=two_pass,
+        precision=precision,
     )
+    jaxpr = plan.program.jaxpr
+    if not (
+        loss.batched and warn_of_mixing(whole, selection.trainable, example, jaxpr)
+    ):
+        warn_of_centering(jaxpr, jaxpr.invars[plan.parameter_count :])
+    return plan
 
 
 def _without_batch_axis(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of one example of a batch leaf."""
     return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype)
-
-
-def _summary(
-    plan: _Plan,
-    two_pass: bool,
-    precision: jax.lax.PrecisionLike,
-    finished: bool,
-    params: list[jax.Array],
-    examples: tuple[list[jax.Array], jax.Array | None],
-) -> tuple[Summary, list[jax.Array]]:
-    """Summary and stacked auxiliary output of some examples.
-
-    With `finished`, these are all examples, and the spreads are already Eq. (44).
-    """
-    leaves, weights = examples
-    size = leaves[0].shape[0]
-    needed = dict.fromkeys(v for term in plan.terms for v in term.variables)
-    varying = [v for v in needed if v in plan.dependent]
-    fixed = [v for v in needed if v not in plan.dependent]
-    run = jax.vmap(
-        select(plan.program, [plan.value, *plan.aux, *varying, *fixed]),
-        in_axes=(None,) * len(params) + (0,) * len(leaves),
-        out_axes=[0] * (1 + len(plan.aux) + len(varying)) + [None] * len(fixed),
-    )
-    values, *outputs = run(*params, *leaves)
-    aux, outputs = outputs[: len(plan.aux)], outputs[len(plan.aux) :]
-    stacks, constants = outputs[: len(varying)], outputs[len(varying) :]
-    if weights is None:
-        weight = jnp.asarray(size, plan.weight_dtype)
-        squared_weight = weight
-        shares = jnp.full(size, 1 / size, plan.weight_dtype)
-    else:
-        weights = weights.astype(plan.weight_dtype)
-        weight, squared_weight = weights.sum(), jnp.square(weights).sum()
-        shares = weights / jnp.where(weight > 0, weight, 1)
-        counts = shares > 0
-        # Padding may hold anything, also values whose gradient is not finite.
-        values, *stacks = (masked(x, counts) for x in (values, *stacks))
-    scale = jnp.ones((), plan.weight_dtype)
-    if finished:
-        # Here and not at the end, so that a table's unread rows need no second pass.
-        scale = variance_factor(weight, squared_weight)
-    batch = Batch(
-        dict(zip(varying, stacks, strict=True)),
-        dict(zip(fixed, constants, strict=True)),
-        shares,
-        scale,
-        two_pass,
-        precision,
-    )
-    moments: list[Moments] = list(map(batch.moments, plan.terms))
-    value = (shares * values).sum()
-    means, spreads = ([m[i] for m in moments] for i in range(2))
-    return Summary(weight, squared_weight, value, means, spreads), aux
 
 
 # ---- Checks ------------------------------------------------------------------------

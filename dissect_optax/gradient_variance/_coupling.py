@@ -25,7 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from dissect_optax.gradient_variance._program import Atom, depends_on, shaped, trace
+from dissect_optax.gradient_variance._program import (
+    Atom,
+    depends_on,
+    shape_of,
+    size_of,
+    trace,
+)
 
 SAME_ELEMENTS = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze")
 PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73)
@@ -44,7 +50,7 @@ def warn_of_centering(jaxpr: Jaxpr, examples: Sequence[Var]) -> None:
     if found is not None:
         warnings.warn(
             "The loss of one example subtracts from a value of shape "
-            f"{shaped(found.outvars[0]).shape} its mean over axes of length one. The "
+            f"{shape_of(found.outvars[0])} its mean over axes of length one. The "
             "difference is zero, and so is the gradient of all that comes before it. "
             + REMEDY,
             UserWarning,
@@ -79,7 +85,7 @@ def warn_of_mixing(
     if found is None:
         return False
     shape = ", ".join(
-        "batch" if n == size else str(n) for n in shaped(found.outvars[0]).shape
+        "batch" if n == size else str(n) for n in shape_of(found.outvars[0])
     )
     warnings.warn(
         "The batched loss lets examples meet: it combines a value of the whole batch "
@@ -105,7 +111,7 @@ def centered_on_itself(
         name = equation.primitive.name
         if name in SAME_ELEMENTS or name == "reduce_sum" or _divides_by_one(equation):
             source, output = equation.invars[0], equation.outvars[0]
-            if shaped(source).size == shaped(output).size:
+            if size_of(source) == size_of(output):
                 # y = reduce_sum[axes=(0,)] x:f32[1,3], as in mean(x, 0) = y / 1.0
                 first, summed = _origin(source, origin)
                 origin[output] = first, summed or name == "reduce_sum"

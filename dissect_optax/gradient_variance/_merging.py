@@ -7,24 +7,14 @@ Weights are the shares that examples have in a summary.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dissect_optax import _formulas
-
-
-class Summary(NamedTuple):
-    """Value, gradient and spread of a set of examples, and what the set weighs."""
-
-    weight: jax.Array
-    squared_weight: jax.Array
-    value: jax.Array
-    means: list[jax.Array]
-    spreads: list[jax.Array]
-
+from dissect_optax.gradient_variance._plan import Summary
 
 # ---- Micro-batches and mapped axes -------------------------------------------------
 # ---- Merging -----------------------------------------------------------------------
@@ -136,18 +126,6 @@ def relative_weights(weights: jax.Array, axis_name: Any) -> jax.Array:
     if axis_name is not None:
         largest = jax.lax.pmax(largest, axis_name)
     return weights / jnp.where(largest > 0, largest, 1)
-
-
-def variance_factor(weight: jax.Array, squared_weight: jax.Array) -> jax.Array:
-    """Factor from spread to variance, given Σw and Σw²; zero where nothing counts."""
-    safe = jnp.where(weight > 0, weight, 1)
-    squared_share = jnp.where(weight > 0, squared_weight / safe / safe, 1)
-    return _formulas.variance_of_mean_factor(squared_share)
-
-
-def masked(values: jax.Array, counts: jax.Array) -> jax.Array:
-    """Zero in the examples that do not count."""
-    return jnp.where(counts.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
 
 
 # ---- Checks ------------------------------------------------------------------------

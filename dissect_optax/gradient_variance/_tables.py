@@ -1,0 +1,237 @@
+"""Gradients of look-ups: rows that are added to a table of zeros."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dissect_optax import _formulas
+from dissect_optax.gradient_variance._program import Derived, Source, derive, shape_of
+from dissect_optax.gradient_variance._terms import (
+    Batch,
+    Moments,
+    Term,
+    accumulator,
+    widened,
+)
+
+# Up to so many look-ups of one example are compared with each other; more are sorted.
+COMPARED_LOOK_UPS = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableRows(Term):
+    """Rows of a table that one example reads, each added at its index.
+
+    The indexed axes of the table, in the given order, count as one. An index beyond
+    the table stands for a look-up that was dropped.
+    """
+
+    indices: Source  # int32[T]
+    rows: Source  # [T, row]
+    table_shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.table_shape
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator(self.rows.aval.dtype)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.indices, self.rows)
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        return ("table rows (scatter-add)",)
+
+    @property
+    def layout(self) -> Hashable:
+        """What two sets of rows must share to be looked up as one."""
+        return (self.table_shape, self.axes)
+
+    @property
+    def height(self) -> int:
+        """Number of rows of the table."""
+        return math.prod(self.table_shape[a] for a in self.axes)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: the axes that are not indexed."""
+        axes = enumerate(self.table_shape)
+        return tuple(n for a, n in axes if a not in self.axes)
+
+    def extra_memory(self, examples: int) -> int:
+        entries, width = shape_of(self.rows)
+        return examples * entries * (4 * width + 8)
+
+    def extra_operations(self, examples: int) -> int:
+        entries, width = shape_of(self.rows)
+        sorting = max(1, math.ceil(math.log2(max(2, examples * entries))))
+        return examples * entries * (8 * width + 4 * sorting)
+
+    def value(self, environment: Mapping[Any, Any], precision: Any) -> jax.Array:
+        return self._add(environment[self.indices], environment[self.rows])
+
+    def total(self, stacks: Mapping[Any, Any], precision: Any) -> jax.Array:
+        indices, rows = stacks[self.indices], stacks[self.rows]
+        return self._add(indices.reshape(-1), rows.reshape(-1, rows.shape[-1]))
+
+    def _add(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """The table with the rows added at their indices."""
+        rows = widened(rows).reshape(-1, *self.row_shape)
+        places = self._places(indices)
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(1, rows.ndim)),
+            inserted_window_dims=tuple(sorted(self.axes)),
+            scatter_dims_to_operand_dims=self.axes,
+        )
+        table = jnp.zeros(self.table_shape, rows.dtype)
+        mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+        return jax.lax.scatter_add(table, places, rows, numbers, mode=mode)
+
+    def _places(self, indices: jax.Array) -> jax.Array:
+        """One index per axis, [T, axes], from indices of rows."""
+        sizes = [self.table_shape[a] for a in self.axes]
+        places = []
+        for size in sizes[:0:-1]:
+            places.append(indices % size)
+            indices = indices // size
+        # The first one is not reduced: beyond the table it stays beyond.
+        return jnp.stack([indices, *places[::-1]], axis=-1)
+
+    def joined(self, other: "TableRows") -> "TableRows":
+        """All rows of both."""
+        return dataclasses.replace(
+            self,
+            indices=_concatenated(self.indices, other.indices),
+            rows=_concatenated(self.rows, other.rows),
+        )
+
+    # ---- Moments ---------------------------------------------------------------------
+
+    def moments(self, batch: Batch) -> Moments:
+        entries = self._entries(batch)
+        # In the order of the table, so that the entries of a row are neighbours.
+        order = jnp.argsort(entries.indices)
+        entries = jax.tree.map(lambda values: values[order], entries)
+        indices, rows, shares = entries
+        starts = jnp.concatenate([jnp.zeros(1, bool), indices[1:] != indices[:-1]])
+        group = jnp.cumsum(starts)
+        count = indices.size
+        total = functools.partial(
+            jax.ops.segment_sum,
+            segment_ids=group,
+            num_segments=count,
+            indices_are_sorted=True,
+        )
+        mean = total(entries.weighted(rows))
+        # Deviations, and not squares and their mean: rows that many examples read may
+        # have nearly the same gradient.
+        deviations = _formulas.squared_magnitude(rows - mean[group])
+        spread = total(entries.weighted(deviations))
+        # Examples that do not read the row have gradient zero there.
+        absent = jnp.maximum(1 - total(shares[:, None]), 0)
+        spread = spread + absent * _formulas.squared_magnitude(mean)
+        places = jnp.full(count, self.height, indices.dtype).at[group].set(indices)
+        return self._placed(places, mean), self._placed(places, batch.scaled(spread))
+
+    def _placed(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """The table with the given rows, zero elsewhere."""
+        table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
+        return self.unflattened(table.at[indices].set(rows, mode="drop"))
+
+    def raw_moments(self, batch: Batch) -> Moments:
+        """Mean and mean square."""
+        entries = self._entries(batch)
+        squares = _formulas.squared_magnitude(entries.rows)
+        return (
+            self.sum_of_rows(entries.indices, entries.weighted(entries.rows)),
+            self.sum_of_rows(entries.indices, entries.weighted(squares)),
+        )
+
+    def _entries(self, batch: Batch) -> "_Entries":
+        """The gradient of each row that an example reads, once per example and row."""
+        indices = batch.for_every_example(self.indices)
+        rows = widened(batch.for_every_example(self.rows))
+        examples, count = indices.shape
+        if 1 < count <= COMPARED_LOOK_UPS:
+            indices, rows = jax.vmap(self._merged_by_comparison)(indices, rows)
+        elif count > 1:
+            indices, rows = jax.vmap(self._merged_by_sorting)(indices, rows)
+        shares = batch.shares.astype(rows.real.dtype)
+        return _Entries(
+            indices.reshape(-1),
+            rows.reshape(examples * count, -1),
+            jnp.repeat(shares, count),
+        )
+
+    def _merged_by_comparison(
+        self, indices: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rows of one index added at its first occurrence; the others are dropped."""
+        same = indices[:, None] == indices[None]
+        earlier = jnp.tril(same, -1).any(1)
+        highest = jax.lax.Precision.HIGHEST
+        rows = jnp.matmul(same.astype(rows.dtype), rows, precision=highest)
+        return jnp.where(earlier, self.height, indices), rows
+
+    def _merged_by_sorting(
+        self, indices: jax.Array, rows: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same for many look-ups."""
+        count = indices.size
+        order = jnp.argsort(indices, stable=True)
+        ordered = indices[order]
+        starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+        group = jnp.cumsum(starts)
+        merged = jax.ops.segment_sum(
+            rows[order], group, num_segments=count, indices_are_sorted=True
+        )
+        return jnp.full(count, self.height, indices.dtype).at[group].set(ordered), merged
+
+    def _scattered(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """[height, row] with the rows added at their indices."""
+        table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
+        return table.at[indices].add(rows, mode="drop")
+
+    def sum_of_rows(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        """The table to which rows [T, row] are added at their indices."""
+        return self.unflattened(self._scattered(indices, rows))
+
+    def unflattened(self, table: jax.Array) -> jax.Array:
+        """From [row, element] to the table's shape."""
+        indexed = tuple(self.table_shape[a] for a in self.axes)
+        table = table.reshape(*indexed, *self.row_shape)
+        rest = [a for a in range(len(self.table_shape)) if a not in self.axes]
+        return table.transpose(np.argsort([*self.axes, *rest]))
+
+
+class _Entries(NamedTuple):
+    """Gradients of rows, each of one example; an index beyond the table is unused."""
+
+    indices: jax.Array  # [N]
+    rows: jax.Array  # [N, row]
+    shares: jax.Array  # [N], of the example
+
+    def weighted(self, rows: jax.Array) -> jax.Array:
+        """Rows times the shares of their examples."""
+        return self.shares[:, None] * rows
+
+
+def _concatenated(one: Source, other: Source) -> Derived:
+    """Two values of one example, one after the other."""
+
+    def concatenate(a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(a.dtype, b.dtype)
+        return jnp.concatenate([a.astype(dtype), b.astype(dtype)])
+
+    return derive(concatenate, one, other)
