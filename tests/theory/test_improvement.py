@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.theory import oracle
 
 from dissect_optax import theory
-from tests.theory import oracle
 
 SAMPLES = 200_000
 

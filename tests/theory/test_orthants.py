@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.theory import oracle
 from jax.test_util import check_grads
 from scipy import stats
 
 from dissect_optax import theory
-from tests.theory import oracle
 
 
 def random_pairs(count, largest):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.theory import oracle
 from scipy import stats
 
 from dissect_optax import theory
-from tests.theory import oracle
 
 
 def rotated_problem(size=5, noise=0.3):

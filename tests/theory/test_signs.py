@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.theory import oracle
 from jax.test_util import check_grads
 from scipy import optimize, special
 
 import dissect_optax
 from dissect_optax import theory
-from tests.theory import oracle
 
 OF_MEAN_AND_STD = [
     theory.success_probability,
