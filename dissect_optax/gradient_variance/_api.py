@@ -6,18 +6,32 @@ gradient is followed back to the small factors that it is a product of
 mean and variance are taken from the factors (`_terms`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dissect_optax import _formulas
+from dissect_optax.gradient_variance._coupling import (
+    warn_of_centering,
+    warn_of_mixing,
+)
+from dissect_optax.gradient_variance._merging import (
+    check_microbatch_size,
+    checked_weights,
+    in_microbatches,
+    merged_over_axis,
+    relative_weights,
+)
+from dissect_optax.gradient_variance._parameters import (
+    Selection,
+    Trainable,
+    select_parameters,
+)
 from dissect_optax.gradient_variance._plan import (
     Plan,
-    Summary,
     plan_of,
     summarize,
     variance_factor,
@@ -48,10 +62,71 @@ class VarianceRoute(NamedTuple):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The user's loss and how it is called."""
+
+    function: Callable[..., Any]
+    has_aux: bool
+    batched: bool
+
+    def of_one(
+        self, params: PyTree, example: PyTree, shared: Sequence[Any]
+    ) -> tuple[jax.Array, Any]:
+        """The loss of one example and its auxiliary output, checked."""
+        if self.batched:
+            example = jax.tree.map(lambda leaf: leaf[None], example)
+        try:
+            result = self.function(params, example, *shared)
+        except Exception as error:
+            shapes = jax.tree.map(jnp.shape, example)
+            form = (
+                "a batch of one example"
+                if self.batched
+                else "one example, without the batch axis (see `batched`)"
+            )
+            error.add_note(
+                f"`value_grad_and_variance` calls the loss with {form}; its shapes are "
+                f"{shapes}."
+            )
+            raise
+        return self._checked(result)
+
+    def _checked(self, result: Any) -> tuple[jax.Array, Any]:
+        """Value and auxiliary output."""
+        if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                "With `has_aux=True` the loss must return a pair (value, aux), got "
+                f"{type(result).__name__}."
+            )
+        value, aux = result if self.has_aux else (result, ())
+        subject = "mean loss of a batch" if self.batched else "loss of one example"
+        if not jax.tree_util.all_leaves([value]):
+            raise TypeError(
+                f"The {subject} must be a real scalar, got a {type(value).__name__}. "
+                "For a pair (loss, aux), use `has_aux=True`."
+            )
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            remedy = (
+                "Return the mean over the batch."
+                if self.batched
+                else "Sum or average over the outputs of the example; the batch axis "
+                "is not visible to the loss."
+            )
+            raise TypeError(
+                f"The {subject} must be a real scalar, got an array of shape {shape} "
+                f"and dtype {dtype}. {remedy}"
+            )
+        return jnp.asarray(value), aux
+
+
 def value_grad_and_variance(
     loss: Callable[..., Any],
     *,
     has_aux: bool = False,
+    batched: bool = False,
+    trainable: Trainable = None,
     regularizer: Callable[[PyTree], jax.Array] | None = None,
     microbatch_size: int | None = None,
     two_pass: bool = False,
@@ -84,8 +159,18 @@ def value_grad_and_variance(
             without batch axis, as for `jax.vmap`. It must not see other examples.
         has_aux: Whether `loss` returns `(value, aux)`; `aux` comes back stacked over
             the batch.
+        batched: Whether `loss` takes a batch and returns the mean over its examples.
+            It is called with batches of one, `x[None]` for every leaf of an example,
+            so it must be a mean of what it is on each example alone.
+        trainable: Which leaves of `params` the gradient is taken by: a tree of bools
+            with the structure of `params` or of its upper part, or a function
+            `(path, leaf) -> bool` of a key path as in `jax.tree.map_with_path`. The
+            others are frozen: they cost nothing, may be of any type (integers, keys,
+            functions), and have None in place of gradient and variance. None takes
+            all.
         regularizer: `regularizer(params)`, a scalar that is added to the value; its
-            gradient is added to the gradient and has no variance.
+            gradient is added to the gradient and has no variance. It sees the frozen
+            parameters too.
         microbatch_size: Evaluate that many examples at a time in a loop and merge the
             parts exactly (Chan et al., 1979), which bounds memory for any model.
             None takes all at once. On a CPU, convolutions are slow inside the loop.
@@ -105,15 +190,35 @@ def value_grad_and_variance(
         it. It returns `(value, grad, variance)`, or `((value, aux), grad, variance)`:
         the mean loss; the mean gradient in the dtype of `params`; its variance, in the
         squared unit of the gradient, real, in at least float32, in which all sums are
-        taken.
+        taken. Both trees have the structure of `params` with None for frozen leaves,
+        which is that of the trainable part
+        `jax.tree.map(lambda p, t: p if t else None, params, trainable)`.
 
     Raises:
-        TypeError: If the loss of one example is not a real scalar.
+        TypeError: If the loss of one example is not a real scalar; if a trainable leaf
+            is not a floating-point or complex array, which the message names by its
+            path; if `trainable` holds or returns something else than bools.
         ValueError: If batch leaves disagree on their length, have none or are fewer
             than two; if `weights` are negative or leave fewer than two examples.
             Traced weights cannot be checked: where fewer than two of them are
             positive, the gradient is that of the one example, or zero without any,
-            and the variance is zero.
+            and the variance is zero. If `trainable` freezes everything or does not fit
+            `params`.
+
+    Warns:
+        UserWarning: If the program subtracts from a value its mean over axes of length
+            one, or if a batched loss lets examples meet: signs of batch normalization
+            in training mode, whose gradient by one example is silently zero. Both are
+            read off the program while it is traced; neither finds every such loss.
+
+    Edge cases:
+        - None in `params` is no leaf: it stays None in gradient and variance.
+        - A batched loss that is a sum, or that divides by a total over the batch (of
+          mask entries, say), differs from the mean of its values on single examples,
+          and only the latter is computed; `weights` expresses the division.
+        - With `batched`, `aux` has the batch axis of length one after the stacked one.
+        - A parameter that the loss does not use has gradient and variance zero.
+        - Python floats are parameters; Python integers and bools are not.
 
     Notes:
         Squares minus the squared mean lose digits in the outer products of dense
@@ -142,11 +247,11 @@ def value_grad_and_variance(
         Balles & Hennig, "Dissecting Adam", §C.1; Chan, Golub & LeVeque (1979),
         "Updating formulae and a pairwise algorithm for computing sample variances".
     """
-    _check_microbatch_size(microbatch_size)
+    check_microbatch_size(microbatch_size)
     return functools.partial(
         _value_grad_and_variance,
-        loss,
-        has_aux,
+        _Loss(loss, has_aux, batched),
+        trainable,
         regularizer,
         microbatch_size,
         two_pass,
@@ -156,18 +261,24 @@ def value_grad_and_variance(
 
 
 def explain_variance(
-    loss: Callable[..., Any], *, has_aux: bool = False
+    loss: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    batched: bool = False,
+    trainable: Trainable = None,
 ) -> Callable[..., list[VarianceRoute]]:
     """The way that `value_grad_and_variance` takes for each parameter, and its cost.
 
     Args:
         loss: As for `value_grad_and_variance`.
         has_aux: As for `value_grad_and_variance`.
+        batched: As for `value_grad_and_variance`.
+        trainable: As for `value_grad_and_variance`; frozen leaves are not reported.
 
     Returns:
         A function of `(params, batch, *shared)` that computes nothing, so that shapes
         (`jax.ShapeDtypeStruct`) will do. It returns a `VarianceRoute` for each
-        parameter; `routes` names what was found:
+        trainable parameter; `routes` names what was found:
 
         - ``outer product``: one more matrix product;
         - ``product per example``: gradients of a few examples at a time;
@@ -188,35 +299,49 @@ def explain_variance(
         >>> report[0].routes
         ('outer product (dot_general)',)
     """
-    return functools.partial(_explain_variance, loss, has_aux)
+    return functools.partial(
+        _explain_variance, _Loss(loss, has_aux, batched), trainable
+    )
 
 
 def _explain_variance(
-    loss: Callable[..., Any],
-    has_aux: bool,
-    params: PyTree,
-    batch: PyTree,
-    *shared: Any,
+    loss: _Loss, trainable: Trainable, params: PyTree, batch: PyTree, *shared: Any
 ) -> list[VarianceRoute]:
     """The report of `explain_variance`; arguments may be shapes."""
     size = _batch_size(batch)
-    plan = _plan(loss, has_aux, params, batch, shared)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    selection = select_parameters(params, trainable)
+    # What the loss closes over must be arrays for it, so shapes become tracers.
+    others, tree = jax.tree.flatten((selection.frozen, shared))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in others]
+    plans = []
+
+    def make_plan(arrays: list[jax.Array]) -> None:
+        given = iter(arrays)
+        leaves = [
+            next(given) if known else leaf
+            for leaf, known in zip(others, is_array, strict=True)
+        ]
+        frozen, shared = jax.tree.unflatten(tree, leaves)
+        plans.append(_plan(loss, selection, frozen, batch, shared))
+
+    jax.eval_shape(
+        make_plan, [leaf for leaf, known in zip(others, is_array, strict=True) if known]
+    )
     return [
         VarianceRoute(
-            jax.tree_util.keystr(path),
+            path,
             term.shape,
             term.routes,
             term.extra_operations(size),
             term.extra_memory(size),
         )
-        for path, term in zip(paths, plan.terms, strict=True)
+        for path, term in zip(selection.trainable_paths, plans[0].terms, strict=True)
     ]
 
 
 def _value_grad_and_variance(
-    loss: Callable[..., Any],
-    has_aux: bool,
+    loss: _Loss,
+    trainable: Trainable,
     regularizer: Callable[[PyTree], jax.Array] | None,
     microbatch_size: int | None,
     two_pass: bool,
@@ -238,20 +363,20 @@ def _value_grad_and_variance(
             f"{total}. Use `jax.value_and_grad` for a single example."
         )
     if weights is not None:
-        weights = _relative(_checked_weights(weights, size), axis_name)
-    plan = _plan(loss, has_aux, params, batch, shared, two_pass, precision)
+        weights = relative_weights(checked_weights(weights, size), axis_name)
+    selection = select_parameters(params, trainable)
+    leaves = selection.trainable
+    plan = _plan(loss, selection, selection.frozen, batch, shared, two_pass, precision)
     part = size if microbatch_size is None else min(microbatch_size, size)
     merged = part < size or axis_name is not None
-    run = functools.partial(
-        summarize, plan, two_pass, precision, not merged, jax.tree.leaves(params)
-    )
+    run = functools.partial(summarize, plan, two_pass, precision, not merged, leaves)
     examples = (jax.tree.leaves(batch), weights)
     if part < size:
-        summary, aux = _in_microbatches(run, examples, size, part)
+        summary, aux = in_microbatches(run, examples, size, part)
     else:
         summary, aux = run(examples)
     if axis_name is not None:
-        summary = _merged_over_axis(summary, axis_name)
+        summary = merged_over_axis(summary, axis_name)
 
     variances = summary.spreads
     if merged:
@@ -259,77 +384,62 @@ def _value_grad_and_variance(
         variances = [s * factor.astype(s.dtype) for s in variances]
     value, grads = summary.value, summary.means
     if regularizer is not None:
-        extra, extra_grad = jax.value_and_grad(regularizer)(params)
+        penalty = functools.partial(_penalty, regularizer, selection)
+        extra, extra_grads = jax.value_and_grad(penalty)(leaves)
         value = value + extra
-        grads = [g + e for g, e in zip(grads, jax.tree.leaves(extra_grad), strict=True)]
-    leaves = jax.tree.leaves(params)
+        grads = [g + e for g, e in zip(grads, extra_grads, strict=True)]
     grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
     value = value.astype(dtype_of(plan.value))
-    tree = jax.tree.structure(params)
     return (
-        (value, jax.tree.unflatten(plan.aux_tree, aux)) if has_aux else value,
-        jax.tree.unflatten(tree, grads),
-        jax.tree.unflatten(tree, variances),
+        (value, jax.tree.unflatten(plan.aux_tree, aux)) if loss.has_aux else value,
+        selection.results(grads),
+        selection.results(variances),
     )
 
 
-# ---- Plan and summary ----------------------------------------------------------------
+def _penalty(
+    regularizer: Callable[[PyTree], jax.Array],
+    selection: Selection,
+    trainable: list[Any],
+) -> jax.Array:
+    """The regularizer as a function of what is trainable."""
+    return regularizer(selection.full(trainable, selection.frozen))
+
+
+# ---- Plan and summary --------------------------------------------------------------
 
 
 def _plan(
-    loss: Callable[..., Any],
-    has_aux: bool,
-    params: PyTree,
+    loss: _Loss,
+    selection: Selection,
+    frozen: list[Any],
     batch: PyTree,
     shared: Sequence[Any],
     two_pass: bool = False,
     precision: jax.lax.PrecisionLike = None,
 ) -> Plan:
-    """The plan of one example of the batch."""
+    """The plan of one example of the batch; warns if examples meet in the loss."""
     example = jax.tree.map(_without_batch_axis, batch)
-    one = functools.partial(_loss_of_one, loss, has_aux, shared)
-    differentiated = jax.value_and_grad(one, has_aux=True)
-    return plan_of(
-        differentiated, params, example, two_pass=two_pass, precision=precision
+
+    def one(trainable: list[Any], example: PyTree) -> tuple[jax.Array, Any]:
+        return loss.of_one(selection.full(trainable, frozen), example, shared)
+
+    def whole(trainable: list[Any], batch: PyTree) -> Any:
+        return loss.function(selection.full(trainable, frozen), batch, *shared)
+
+    plan = plan_of(
+        jax.value_and_grad(one, has_aux=True),
+        selection.trainable,
+        example,
+        two_pass=two_pass,
+        precision=precision,
     )
-
-
-def _loss_of_one(
-    loss: Callable[..., Any],
-    has_aux: bool,
-    shared: Sequence[Any],
-    params: PyTree,
-    example: PyTree,
-) -> tuple[jax.Array, Any]:
-    """The loss of one example and its auxiliary output, checked."""
-    try:
-        result = loss(params, example, *shared)
-    except Exception as error:
-        shapes = jax.tree.map(jnp.shape, example)
-        error.add_note(
-            "`value_grad_and_variance` calls the loss with one example, without the "
-            f"batch axis; its shapes are {shapes}."
-        )
-        raise
-    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise TypeError(
-            "With `has_aux=True` the loss must return a pair (value, aux), got "
-            f"{type(result).__name__}."
-        )
-    value, aux = result if has_aux else (result, ())
-    if not jax.tree_util.all_leaves([value]):
-        raise TypeError(
-            "The loss of one example must be a real scalar, got a "
-            f"{type(value).__name__}. For a pair (loss, aux), use `has_aux=True`."
-        )
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            "The loss of one example must be a real scalar, got an array of shape "
-            f"{shape} and dtype {dtype}. Sum or average over the outputs of the "
-            "example; the batch axis is not visible to the loss."
-        )
-    return jnp.asarray(value), aux
+    jaxpr = plan.program.jaxpr
+    if not (
+        loss.batched and warn_of_mixing(whole, selection.trainable, example, jaxpr)
+    ):
+        warn_of_centering(jaxpr, jaxpr.invars[plan.parameter_count :])
+    return plan
 
 
 def _without_batch_axis(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -337,127 +447,7 @@ def _without_batch_axis(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype)
 
 
-# ---- Merging -------------------------------------------------------------------------
-
-
-def _in_microbatches(
-    run: Callable[..., tuple[Summary, list[jax.Array]]],
-    examples: Any,
-    size: int,
-    microbatch_size: int,
-) -> tuple[Summary, list[jax.Array]]:
-    """Summary of a batch from summaries of its parts, one after the other."""
-    full = size // microbatch_size
-    parts = jax.tree.map(
-        functools.partial(_split, count=full, size=microbatch_size), examples
-    )
-    first, first_aux = run(jax.tree.map(_first, parts))
-    merge = functools.partial(_merge_next, run)
-    summary, aux = jax.lax.scan(merge, first, jax.tree.map(_after_first, parts))
-    collected = [
-        jnp.concatenate([head, jax.lax.collapse(rest, 0, 2)])
-        for head, rest in zip(first_aux, aux, strict=True)
-    ]
-    if size % microbatch_size:
-        start = full * microbatch_size
-        rest = jax.tree.map(functools.partial(_from, start=start), examples)
-        summary, last = merge(summary, rest)
-        collected = [
-            jnp.concatenate([head, tail])
-            for head, tail in zip(collected, last, strict=True)
-        ]
-    return summary, collected
-
-
-def _split(leaf: jax.Array, count: int, size: int) -> jax.Array:
-    """The first `count` microbatches along a new leading axis."""
-    return leaf[: count * size].reshape(count, size, *leaf.shape[1:])
-
-
-def _first(leaf: jax.Array) -> jax.Array:
-    """The first microbatch."""
-    return leaf[0]
-
-
-def _after_first(leaf: jax.Array) -> jax.Array:
-    """All microbatches but the first."""
-    return leaf[1:]
-
-
-def _from(leaf: jax.Array, start: int) -> jax.Array:
-    """What is left after the full microbatches."""
-    return leaf[start:]
-
-
-def _merge_next(
-    run: Callable[..., tuple[Summary, list[jax.Array]]], summary: Summary, part: Any
-) -> tuple[Summary, list[jax.Array]]:
-    """Add the examples of one more microbatch to a summary."""
-    other, aux = run(part)
-    moments = [
-        _formulas.merged_moments(summary.weight, m, s, other.weight, om, os)
-        for m, s, om, os in zip(
-            summary.means, summary.spreads, other.means, other.spreads, strict=True
-        )
-    ]
-    means, spreads = ([m[i] for m in moments] for i in range(2))
-    total = summary.weight + other.weight
-    share = jnp.where(total > 0, other.weight / jnp.where(total > 0, total, 1), 0)
-    merged = Summary(
-        total,
-        summary.squared_weight + other.squared_weight,
-        summary.value + share * (other.value - summary.value),
-        means,
-        spreads,
-    )
-    return merged, aux
-
-
-def _merged_over_axis(summary: Summary, axis_name: Any) -> Summary:
-    """Summary of all devices along a mapped axis."""
-    weight = jax.lax.psum(summary.weight, axis_name)
-    share = summary.weight / jnp.where(weight > 0, weight, 1)
-    means = [
-        jax.lax.psum(share.astype(m.real.dtype) * m, axis_name) for m in summary.means
-    ]
-    spreads = [
-        jax.lax.psum(
-            share.astype(s.dtype) * (s + _formulas.squared_magnitude(local - mean)),
-            axis_name,
-        )
-        for s, local, mean in zip(summary.spreads, summary.means, means, strict=True)
-    ]
-    return Summary(
-        weight,
-        jax.lax.psum(summary.squared_weight, axis_name),
-        jax.lax.psum(share * summary.value, axis_name),
-        means,
-        spreads,
-    )
-
-
-def _relative(weights: jax.Array, axis_name: Any) -> jax.Array:
-    """Weights in units of the largest one, so that their squares are no matter."""
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
-    largest = weights.max()
-    if axis_name is not None:
-        largest = jax.lax.pmax(largest, axis_name)
-    return weights / jnp.where(largest > 0, largest, 1)
-
-
-# ---- Checks --------------------------------------------------------------------------
-
-
-def _check_microbatch_size(microbatch_size: int | None) -> None:
-    """Reject a microbatch size that is not a positive integer."""
-    if microbatch_size is None:
-        return
-    is_integer = isinstance(microbatch_size, int | np.integer)
-    if not is_integer or isinstance(microbatch_size, bool) or microbatch_size < 1:
-        raise ValueError(
-            "`microbatch_size` must be a positive integer or None, got "
-            f"{microbatch_size!r}. None takes the whole batch at once."
-        )
+# ---- Checks ------------------------------------------------------------------------
 
 
 def _batch_size(batch: PyTree) -> int:
@@ -482,26 +472,3 @@ def _batch_size(batch: PyTree) -> int:
     if size == 0:
         raise ValueError("`batch` is empty: its leaves have length 0.")
     return size
-
-
-def _checked_weights(weights: jax.typing.ArrayLike, size: int) -> jax.Array:
-    """Weights as an array; concrete ones must leave a variance to be estimated."""
-    weights = jnp.asarray(weights)
-    if weights.shape != (size,):
-        raise ValueError(
-            f"`weights` must hold one number per example, shape ({size},), got shape "
-            f"{weights.shape}."
-        )
-    if not isinstance(weights, jax.core.Tracer):
-        concrete = np.asarray(weights)
-        if not (np.isfinite(concrete).all() and (concrete >= 0).all()):
-            raise ValueError(
-                f"`weights` must be finite and not negative, got {concrete}. Use 0 for "
-                "examples that do not count."
-            )
-        if np.count_nonzero(concrete) < 2:
-            raise ValueError(
-                "The variance of a gradient needs at least two examples with positive "
-                f"weight, got {np.count_nonzero(concrete)}."
-            )
-    return weights
