@@ -189,8 +189,10 @@ def _cross(one: object, other: object, batch: Batch) -> jax.Array:
     if isinstance(one, _Repeated) and isinstance(other, Contraction):
         return _cross_of_repeated(one, other, batch)
     if isinstance(one, _Repeated) and isinstance(other, _Repeated):
-        values = (batch.for_every_example(r.value.source) for r in (one, other))
-        first, second = (r.move.without_units(widened(v), 1) for r, v in zip((one, other), values))
+        first, second = (
+            widened(batch.for_every_example(r.value.source)) for r in (one, other)
+        )
+        first, second = (one.move.without_units(v, 1) for v in (first, second))
         return one.move(_mean_of_small(jnp.real(first * jnp.conj(second)), batch))
     assert isinstance(one, Contraction)
     return _cross(other, one, batch)
@@ -227,11 +229,9 @@ def _cross_of_rows(rows: TableRows, product: Contraction, batch: Batch) -> jax.A
     indexed, other = sides  # [n, depth, height] and [n, depth, row]
     indices = batch.for_every_example(rows.indices)
     values = widened(batch.for_every_example(rows.rows))
-    picked = jax.vmap(lambda table, index: table.at[:, index].get(
-            mode="fill", fill_value=0
-        ))(
-        indexed, indices
-    )
+    picked = jax.vmap(
+        lambda table, index: table.at[:, index].get(mode="fill", fill_value=0)
+    )(indexed, indices)
     precision = product.precision if batch.precision is None else batch.precision
     met = jnp.einsum("nkt,nkr->ntr", picked, other, precision=precision)
     shares = batch.shares.astype(met.real.dtype)[:, None, None]
@@ -261,7 +261,9 @@ def _cross_of_repeated(
     left, right = product.matrices(batch)
     side = _repeats_one_side(repeated, product)
     count = len(product.free[0])
-    first, shape = (count, product.shape[count:]) if side else (0, product.shape[:count])
+    first, shape = (
+        (count, product.shape[count:]) if side else (0, product.shape[:count])
+    )
     axes = tuple(a - first for a in repeated.move.axes)
     stack = batch.for_every_example(repeated.value.source)
     spread = Repetition(shape, axes)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from dissect_optax.gradient_variance import _rules
 from dissect_optax.gradient_variance._contractions import Contraction, KernelGradient
 from dissect_optax.gradient_variance._program import (
     Atom,
@@ -127,8 +128,6 @@ def _changes(walk: Walk, options: Options) -> dict[int, Change]:
         try:
             change = split(walk, equation, outputs, options)
         except UNKNOWN_FORM:
-            from dissect_optax.gradient_variance import _rules
-
             if _rules.STRICT:
                 raise
             change = None
@@ -315,7 +314,9 @@ def _run_split_loop(
     consts = operands[: loop.consts]
     initial = operands[loop.consts : loop.consts + loop.carries]
     stacked = operands[loop.consts + loop.carries :]
-    slices = dict(zip(jaxpr.invars[loop.consts + loop.carries : -1], stacked))
+    slices = dict(
+        zip(jaxpr.invars[loop.consts + loop.carries : -1], stacked, strict=True)
+    )
     terms = [t for ts in split.sums.values() for t in ts] + list(split.stacks.values())
     sources = [v for term in terms for v in term.sources]
     fixed = [v for v in sources if not any(leaf in changing for leaf in leaves([v]))]
@@ -411,7 +412,9 @@ def _fixed_values(
     # What changes is not read, so any value will do.
     inputs = [
         operand if i < loop.consts else jnp.zeros(shape_of(v), dtype_of(v))
-        for i, (operand, v) in enumerate(zip([*operands, None], jaxpr.invars))
+        for i, (operand, v) in enumerate(
+            zip([*operands, None], jaxpr.invars, strict=True)
+        )
     ]
     values = select(split.body, needed)(*inputs)
     environment = dict(zip(needed, values, strict=True))

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters import partial_eval
@@ -160,7 +159,9 @@ def depends_on(jaxpr: Jaxpr, inputs: Collection[Var]) -> set[Var]:
         flags = [isinstance(v, Var) and v in dependent for v in equation.invars]
         if any(flags):
             outputs = _dependent_outputs(equation, flags)
-            dependent.update(v for v, d in zip(equation.outvars, outputs) if d)
+            dependent.update(
+                v for v, d in zip(equation.outvars, outputs, strict=True) if d
+            )
     return dependent
 
 
@@ -181,7 +182,7 @@ def loop_dependence(
     """
     inputs = list(flags)
     while True:
-        flagged = [v for v, flag in zip(body.invars, inputs) if flag]
+        flagged = [v for v, flag in zip(body.invars, inputs, strict=False) if flag]
         dependent = depends_on(body, flagged)
         outputs = [isinstance(v, Var) and v in dependent for v in body.outvars]
         more = [k for k in range(loop.carries) if outputs[k] > inputs[loop.consts + k]]

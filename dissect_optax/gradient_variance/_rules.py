@@ -322,7 +322,11 @@ def _without_units(value: jax.Array) -> jax.Array:
 def _select(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
     """Elements where a mask that all examples share is on (or off)."""
     mask, *cases = equation.invars
-    if not walk.is_constant(mask) or len(cases) != 2 or dtype_of(mask) != bool:
+    if (
+        not walk.is_constant(mask)
+        or len(cases) != 2
+        or not jnp.issubdtype(dtype_of(mask), jnp.bool_)
+    ):
         return None
     parts = [
         scaled(walk, walk.term(case), mask, "select" if on else "deselect")
@@ -486,7 +490,7 @@ def _conj(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
 # c = complex a b
 @rule("complex")
 def _complex(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
-    """a + ib."""
+    """The sum of a real term and i times another."""
     parts: list[Term] = []
     for operand, unit in zip(equation.invars, (1, 1j), strict=True):
         if walk.is_zero(operand):
@@ -559,9 +563,7 @@ def _product_with_constant(walk: "Walk", equation: JaxprEqn) -> Term | None:
     return moved if moved is not None else Applied(term, equation, operand, 0)
 
 
-def _factor_times_constant(
-    term: Term, equation: JaxprEqn, operand: int
-) -> Term | None:
+def _factor_times_constant(term: Term, equation: JaxprEqn, operand: int) -> Term | None:
     """The product with the constant taken into one factor."""
     if isinstance(term, Sum):
         parts = [_factor_times_constant(t, equation, operand) for t in term.terms]
@@ -659,13 +661,13 @@ def transposed(term: Contraction, order: tuple[int, ...]) -> Contraction | None:
         tuple(a - shared for a in order[shared : shared + left]),
         tuple(a - shared - left for a in order[shared + left :]),
     )
-    functions = [
+    left_move, right_move = (
         None
         if moved == tuple(range(len(moved)))
         else functools.partial(_permute_axes, free, moved)
         for free, moved in zip(term.free, orders, strict=True)
-    ]
-    return term.with_factors(*functions, dimensions=dims)
+    )
+    return term.with_factors(left_move, right_move, dimensions=dims)
 
 
 def _permute_axes(
@@ -965,7 +967,7 @@ def _sum_axes(axes: tuple[int, ...], factor: jax.Array) -> jax.Array:
 )
 def _scatter_add(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
     """Updates added to a table at certain places."""
-    table, indices, updates = equation.invars
+    table, _, updates = equation.invars
     if walk.is_constant(updates):
         return None
     placed = _scattered(walk, equation)
@@ -1006,9 +1008,7 @@ def _scattered(walk: "Walk", equation: JaxprEqn) -> Term | None:
     )
 
 
-def _flat_indices(
-    sizes: tuple[int, ...], clips: bool, indices: jax.Array
-) -> jax.Array:
+def _flat_indices(sizes: tuple[int, ...], clips: bool, indices: jax.Array) -> jax.Array:
     """Indices [..., axes] as one index [T]; beyond all rows where it is dropped."""
     indices = indices.reshape(-1, len(sizes)).astype(jnp.int32)
     bounds = jnp.asarray(sizes, jnp.int32)[None]
@@ -1051,9 +1051,7 @@ def _places_are_distinct(walk: "Walk", equation: JaxprEqn) -> bool:
 
 # d = dynamic_update_slice table update start …
 @rule("dynamic_update_slice")
-def _dynamic_update_slice(
-    walk: "Walk", equation: JaxprEqn, output: int
-) -> Term | None:
+def _dynamic_update_slice(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
     """A part of a parameter that is read at a computed place, among zeros."""
     table, update, *starts = equation.invars
     if not walk.is_zero(table) or walk.is_constant(update):

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dissect_optax import _formulas
-from dissect_optax.gradient_variance._program import Derived, Source, derive, shape_of
+from dissect_optax.gradient_variance._program import (
+    Derived,
+    Source,
+    derive,
+    dtype_of,
+    shape_of,
+)
 from dissect_optax.gradient_variance._terms import (
     Batch,
     Moments,
@@ -43,7 +49,7 @@ class TableRows(Term):
 
     @property
     def dtype(self) -> Any:
-        return accumulator(self.rows.aval.dtype)
+        return accumulator(dtype_of(self.rows))
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -196,7 +202,9 @@ class TableRows(Term):
         merged = jax.ops.segment_sum(
             rows[order], group, num_segments=count, indices_are_sorted=True
         )
-        return jnp.full(count, self.height, indices.dtype).at[group].set(ordered), merged
+        return jnp.full(count, self.height, indices.dtype).at[group].set(
+            ordered
+        ), merged
 
     def _scattered(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
         """[height, row] with the rows added at their indices."""

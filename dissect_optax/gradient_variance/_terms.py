@@ -405,8 +405,10 @@ class Scaled(Elementwise):
         self, elements: jax.Array, environment: Mapping[Any, Any], square: bool = False
     ) -> jax.Array:
         """Elements scaled by the factor, or by its squared magnitude."""
-        literal = isinstance(self.factor, Literal)
-        factor = jnp.asarray(self.factor.val if literal else environment[self.factor])
+        if isinstance(self.factor, Literal):
+            factor = jnp.asarray(self.factor.val)
+        else:
+            factor = jnp.asarray(environment[self.factor])
         if self.kind == "select":
             return jnp.where(factor, elements, jnp.zeros((), elements.dtype))
         factor = widened(factor)

@@ -18,9 +18,7 @@ TRIPLE.def_impl(lambda x: 3 * x)
 TRIPLE.def_abstract_eval(lambda x: x)
 batching.defvectorized(TRIPLE)
 ad.deflinear2(TRIPLE, lambda cotangent, _: [TRIPLE.bind(cotangent)])
-mlir.register_lowering(
-    TRIPLE, mlir.lower_fun(lambda x: 3 * x, multiple_results=False)
-)
+mlir.register_lowering(TRIPLE, mlir.lower_fun(lambda x: 3 * x, multiple_results=False))
 
 
 def dense_loss(params, x):
@@ -136,9 +134,7 @@ def test_a_rule_that_fails_costs_speed_only(monkeypatch, error):
     params, batch = normal(6, 6), normal(5, 6)
     known = _rules.RULES["dot_general"].knows
     monkeypatch.setattr(_rules, "STRICT", False)
-    monkeypatch.setitem(
-        _rules.RULES, "dot_general", _rules.Registered(broken, known)
-    )
+    monkeypatch.setitem(_rules.RULES, "dot_general", _rules.Registered(broken, known))
     assert route(dense_loss, params, batch) == "stored gradients (dot_general)"
     assert_exact(dense_loss, params, batch)
 
