@@ -6,10 +6,10 @@ and of its square, `s` a variance, `η²` (`eta2`) a relative variance, `γ` a f
 (`momentum`) a decay, `t` (`count`) the number of gradients seen, from one. Everything
 is element-wise, and a complex gradient has a real variance, `E|g - E g|²`.
 
-Two rules hold throughout. Operands are cast explicitly, so that
-`jax_numpy_dtype_promotion="strict"` changes nothing. And a value that a `where`
-discards is computed from a harmless operand (a "double where"): otherwise its
-infinite derivative, times zero, would be NaN.
+Operands are cast explicitly, so that `jax_numpy_dtype_promotion="strict"` changes
+nothing. Where a value that a `where` discards may be infinite, either it is computed
+from a harmless operand (a "double where") or its derivative is written out: zero times
+an infinite derivative would be NaN.
 """
 
 from typing import Any
@@ -56,7 +56,7 @@ def _power_minus_one(decay: jax.Array, exponent: jax.Array | float) -> jax.Array
 
 
 def _log(decay: jax.Array) -> jax.Array:
-    """Logarithm ln β; finite at zero, where every power of the result still underflows."""
+    """Logarithm of β; finite at zero, where all powers of β still underflow."""
     return jnp.log(jnp.maximum(decay, jnp.finfo(decay.dtype).tiny))
 
 
@@ -75,7 +75,7 @@ def _newest_weight(decay: jax.Array, count: jax.Array) -> jax.Array:
 
 @_newest_weight.defjvp
 def _newest_weight_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Derivative by d ln(1/w)/dβ = 1/(1-β) - t β^(t-1)/(1-β^t), of 1/w = 1 + β + … + β^(t-1)."""
+    """Derivative by d ln(1/w)/dβ = 1/(1-β) - t β^(t-1)/(1-β^t), 1/w = 1 + β + …"""
     decay, count = primals
     weight = _newest_weight(decay, count)
     near, u, tu, beta, far = _two_ranges(decay, count)
@@ -102,7 +102,10 @@ def _kappa(momentum: jax.Array, count: jax.Array) -> jax.Array:
 
 @_kappa.defjvp
 def _kappa_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Derivative by d ln κ/dμ = 2t μ^(t-1)/(1-μ^(2t)) - 2/(1-μ²), of κ = tanh(u/2)/tanh(tu/2)."""
+    """Derivative of κ = tanh(u/2)/tanh(tu/2).
+
+    d ln κ/dμ = 2/(μ²-1) + 2t μ^(t-1)/(1-μ^(2t))
+    """
     momentum, count = primals
     value = _kappa(momentum, count)
     near, u, tu, mu, far = _two_ranges(momentum, count)
@@ -189,12 +192,16 @@ def average_with_variance(
 
         s ← (1-w) (s + w |g - m_before|²)
     """
+    mean = average(mean, gradient, weight)
+    # From the new mean, g - m_after = (1-w)(g - m_before): XLA then updates the old one
+    # in place first. From the old one it would copy it, which takes a third of a step.
+    # The last operation is the sum, for it computes one that depends on a single array,
+    # like a `where` around it, once for every user, and copies again.
     square = squared_magnitude(gradient - mean)
-    variance = jnp.where(weight == 1, 0.0, (1 - weight) * (variance + weight * square))
-    # Never chosen: it only tells XLA to update the variance first, while the old mean
-    # is still in place. Otherwise it copies the old mean.
-    mean = jnp.where(variance < 0, gradient, average(mean, gradient, weight))
-    return mean, variance
+    rest = 1 - weight
+    share = jnp.where(rest == 0, 0.0, weight / jnp.where(rest == 0, 1.0, rest))
+    past, square = (jnp.where(rest == 0, 0.0, x) for x in (variance, square))
+    return mean, rest * past + share * square
 
 
 @average_with_variance.defjvp
@@ -214,39 +221,73 @@ def _average_with_variance_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return average_with_variance(*primals), (d_average, tangent)
 
 
+@jax.custom_jvp
 def variance_with_noise_floor(
-    mean: jax.Array, second_moment: jax.Array, eps: jax.typing.ArrayLike
+    mean: jax.Array, second_moment: jax.Array, eps: jax.Array
 ) -> jax.Array:
     """Variance (√v+ε)² - m², with its sign: Adam's ε (5) as a noise floor.
 
     As (√v+ε-|m|)(√v+ε+|m|), which cancels once and not twice.
     """
-    root, magnitude, overflow = _root(mean, second_moment)
-    root = root + jnp.asarray(eps, root.dtype)
-    return jnp.where(overflow, jnp.inf, (root - magnitude) * (root + magnitude))
+    root, magnitude = _root(mean, second_moment) + eps, jnp.abs(mean)
+    # A mean that overflowed with v would make this inf - inf.
+    magnitude = jnp.minimum(magnitude, jnp.finfo(magnitude.dtype).max)
+    return (root - magnitude) * (root + magnitude)
 
 
-def add_noise_floor(
-    mean: jax.Array, variance: jax.Array, eps: jax.typing.ArrayLike
-) -> jax.Array:
+@variance_with_noise_floor.defjvp
+def _variance_with_noise_floor_jvp(
+    primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    """2 (√v+ε) (dv/(2√v) + dε) - 2 Re(m* dm); zero where v overflowed."""
+    mean, second_moment, eps = primals
+    d_mean, d_second, d_eps = tangents
+    d_root, overflow = _d_root(mean, second_moment, d_mean, d_second)
+    root = jnp.where(overflow, 0.0, _root(mean, second_moment) + eps)
+    tangent = 2 * root * (d_root + d_eps) - 2 * _product(mean, d_mean)
+    return variance_with_noise_floor(*primals), jnp.where(overflow, 0.0, tangent)
+
+
+@jax.custom_jvp
+def add_noise_floor(mean: jax.Array, variance: jax.Array, eps: jax.Array) -> jax.Array:
     """(√v+ε)² - m² = s + ε (2√v+ε) from s = v-m², where s is known better than v."""
+    root = _root(mean, variance + squared_magnitude(mean))
+    return variance + eps * (2 * root + eps)
+
+
+@add_noise_floor.defjvp
+def _add_noise_floor_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Tangent ds + 2 (√v+ε) dε + 2 ε d√v; zero where v overflowed."""
+    mean, variance, eps = primals
+    d_mean, d_variance, d_eps = tangents
     second_moment = variance + squared_magnitude(mean)
-    root, _, overflow = _root(mean, second_moment)
-    eps = jnp.asarray(eps, root.dtype)
-    variance = jnp.where(overflow, 0.0, variance)
-    return jnp.where(overflow, jnp.inf, variance + eps * (2 * root + eps))
+    d_second = d_variance + 2 * _product(mean, d_mean)
+    d_root, overflow = _d_root(mean, second_moment, d_mean, d_second)
+    root = jnp.where(overflow, 0.0, _root(mean, second_moment))
+    tangent = d_variance + 2 * (root + eps) * d_eps + 2 * eps * d_root
+    return add_noise_floor(*primals), jnp.where(overflow, 0.0, tangent)
 
 
-def _root(
-    mean: jax.Array, second_moment: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """√v, |m|, and whether v overflowed (√v is then a number without meaning)."""
-    magnitude = jnp.abs(mean)
-    overflow = second_moment == jnp.inf
-    # Where g² has underflowed, all that is known is v ≥ m².
+def _root(mean: jax.Array, second_moment: jax.Array) -> jax.Array:
+    """√v; |m| where v has underflowed, since all that is known then is v ≥ m²."""
+    underflow = second_moment < jnp.finfo(second_moment.dtype).tiny
+    return jnp.where(underflow, jnp.abs(mean), jnp.sqrt(second_moment))
+
+
+def _d_root(
+    mean: jax.Array, second_moment: jax.Array, d_mean: jax.Array, d_second: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Tangent of `_root`, finite everywhere, and whether v has overflowed."""
+    overflow = jnp.isinf(second_moment)
     underflow = second_moment < jnp.finfo(second_moment.dtype).tiny
     root = jnp.sqrt(jnp.where(underflow | overflow, 1.0, second_moment))
-    return jnp.where(underflow, magnitude, root), magnitude, overflow
+    _, d_magnitude = jax.jvp(jnp.abs, (mean,), (d_mean,))
+    return jnp.where(underflow, d_magnitude, d_second / (2 * root)), overflow
+
+
+def _product(x: jax.Array, d_x: jax.Array) -> jax.Array:
+    """Re(x* dx), half of the tangent of |x|²."""
+    return jnp.real(jnp.conj(x) * d_x)
 
 
 def debias(variance: jax.Array, rest: jax.Array) -> jax.Array:
@@ -269,6 +310,13 @@ def accumulate(previous: jax.Array, newest: jax.Array, decay: jax.Array) -> jax.
 # ---- Relative variance (7) and the adaptation factors (14), (15) ------------------
 
 
+# The derivatives are written out once more, so that they are finite where the value
+# takes no harm (a division by zero that a `where` discards, an infinite variance) and
+# only who differentiates pays for the guards. `maximum` and `minimum` are not a matter
+# of taste either: with `where` in their place XLA's loops on a CPU take three times as
+# long.
+
+
 def is_no_direction(mean: jax.Array) -> jax.Array:
     """Whether |p| is below the square root of the smallest normal number.
 
@@ -279,11 +327,18 @@ def is_no_direction(mean: jax.Array) -> jax.Array:
     return squared_magnitude(mean) < jnp.finfo(mean.dtype).tiny
 
 
-def direction(mean: jax.Array) -> jax.Array:
-    """p, or zero where it is too small to be a direction."""
-    return jnp.where(is_no_direction(mean), jnp.zeros((), mean.dtype), mean)
+def sign(mean: jax.Array) -> jax.Array:
+    """sign(p), or zero where p is too small to be a direction."""
+    if jnp.iscomplexobj(mean):
+        signs = jnp.sign(mean)
+    else:
+        # The same as `sign` from the smallest direction on, in half of the time.
+        steep = 2 / jnp.finfo(mean.dtype).tiny ** 0.5
+        signs = jax.lax.stop_gradient(jnp.clip(steep * mean, -1.0, 1.0))
+    return jnp.where(is_no_direction(mean), jnp.zeros((), mean.dtype), signs)
 
 
+@jax.custom_jvp
 def relative_variance(mean: jax.Array, variance: jax.Array) -> jax.Array:
     """η² = s/p², Eq. (7), with the sign of s; zero where there is no direction.
 
@@ -291,30 +346,61 @@ def relative_variance(mean: jax.Array, variance: jax.Array) -> jax.Array:
     rounding unit, so that every factor is finite, and a variance that has overflowed
     makes it infinite.
     """
-    absent, overflow = is_no_direction(mean), variance == jnp.inf
-    known = ~(absent | overflow)
-    square = jnp.where(known, squared_magnitude(mean), 1.0)
+    limits = jnp.finfo(variance.dtype)
+    # Infinity over infinity would be NaN.
+    square = jnp.minimum(squared_magnitude(mean), limits.max)
+    eta2 = jnp.maximum(variance / square, limits.eps - 1)
+    return jnp.where(is_no_direction(mean), 0.0, eta2)
+
+
+@relative_variance.defjvp
+def _relative_variance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Tangent ds/p² - 2 η² dp/p; zero where η² is set, infinite or at its end."""
+    mean, variance = primals
+    d_mean, d_variance = tangents
+    eta2 = relative_variance(mean, variance)
     lowest = jnp.finfo(variance.dtype).eps - 1
-    eta2 = jnp.maximum(jnp.where(known, variance, 0.0) / square, lowest)
-    return jnp.where(absent, 0.0, jnp.where(overflow, jnp.inf, eta2))
+    varies = ~(is_no_direction(mean) | jnp.isinf(eta2) | (eta2 == lowest))
+    square = jnp.where(varies, squared_magnitude(mean), 1.0)
+    tangent = d_variance / square
+    tangent -= 2 * jnp.where(varies, eta2, 0.0) * (_product(mean, d_mean) / square)
+    return eta2, jnp.where(varies, tangent, 0.0)
 
 
+@jax.custom_jvp
 def variance_of_rescaled(
     mean: jax.Array, variance: jax.Array, rescaled: jax.Array
 ) -> jax.Array:
-    """η²|g|² for η² = s/m², as s (|g|/|m|)²: no intermediate is larger than needed."""
-    absent, overflow = is_no_direction(mean), variance == jnp.inf
-    known = ~(absent | overflow)
-    ratio = jnp.abs(rescaled) / jnp.where(known, jnp.abs(mean), 1.0)
-    spread = jnp.where(known, variance, 0.0) * ratio * ratio
-    return jnp.where(overflow & ~absent, jnp.inf, spread)
+    """η²|g|² for η² = s/m², with no intermediate that is larger than needed."""
+    # In this order XLA computes it in the loop that uses it; for a ratio that is squared
+    # it would fill an array first.
+    size, length = jnp.abs(mean), jnp.abs(rescaled)
+    spread = variance / size * length / size * length
+    return jnp.where(is_no_direction(mean), 0.0, spread)
+
+
+@variance_of_rescaled.defjvp
+def _variance_of_rescaled_jvp(
+    primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Tangent r² ds + 2 s r dr with r = |g|/|m|; zero where there is no η²."""
+    mean, variance, rescaled = primals
+    d_mean, d_variance, d_rescaled = tangents
+    value = variance_of_rescaled(*primals)
+    varies = ~(is_no_direction(mean) | jnp.isinf(value) | jnp.isinf(variance))
+    size = jnp.where(varies, jnp.abs(mean), 1.0)
+    ratio = jnp.where(varies, jnp.abs(rescaled) / size, 0.0)
+    _, d_rescaled = jax.jvp(jnp.abs, (rescaled,), (d_rescaled,))
+    _, d_size = jax.jvp(jnp.abs, (mean,), (d_mean,))
+    d_ratio = (d_rescaled - ratio * d_size) / size
+    spread = jnp.where(varies, variance, 0.0)
+    return value, ratio * (ratio * d_variance + 2 * spread * d_ratio)
 
 
 def adapted(gamma: jax.Array, mean: jax.Array) -> jax.Array:
     """γ ⊙ p, Eqs. (14), (15); zero where there is no direction, whatever γ is."""
     absent = is_no_direction(mean)
-    gamma = jnp.where(absent, 0.0, gamma).astype(mean.dtype)
-    return gamma * jnp.where(absent, jnp.zeros((), mean.dtype), mean)
+    return jnp.where(absent, jnp.zeros((), mean.dtype), gamma.astype(mean.dtype) * mean)
 
 
 # ---- The variance of a mini-batch gradient (44) -----------------------------------

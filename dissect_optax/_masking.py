@@ -72,8 +72,8 @@ def masked(
         if isinstance(new_updates, Estimate):
             raise TypeError(
                 "`masked` cannot make an Estimate of some leaves only: the others "
-                "would have no variance. Put the source of variance before `masked`, or use "
-                "optax.partition or optax.masked around the whole chain up to "
+                "would have no variance. Put the source of variance before `masked`, "
+                "or use optax.partition or optax.masked around the whole chain up to "
                 "adapt_to_variance()."
             )
         return new_updates, state

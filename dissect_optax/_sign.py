@@ -58,7 +58,7 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
             dtypes = tuple(dtype_of(leaf) for leaf in jax.tree.leaves(updates))
             return in_gradient_dtype(signs, dtypes), state
         estimate = require_estimate(updates, "scale_by_sign")
-        signs = jax.tree.map(lambda p: jnp.sign(_formulas.direction(p)), estimate.mean)
+        signs = jax.tree.map(lambda p: _formulas.sign(p), estimate.mean)
         variance = jax.tree.map(
             _formulas.relative_variance, estimate.mean, estimate.variance
         )

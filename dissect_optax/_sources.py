@@ -168,17 +168,20 @@ def moving_average_estimate(
             )
 
         def read_variance(mean: jax.Array, square: jax.Array) -> jax.Array:
+            floor = jnp.asarray(eps, square.dtype)
             if b2 is None:
                 variance = square
             elif debias_variance:
-                variance = _formulas.variance_with_noise_floor(mean, square, 0.0)
+                variance = _formulas.variance_with_noise_floor(
+                    mean, square, jnp.zeros((), square.dtype)
+                )
             else:
-                return _formulas.variance_with_noise_floor(mean, square, eps)
+                return _formulas.variance_with_noise_floor(mean, square, floor)
             if debias_variance:
                 rest = _formulas.one_minus_kappa(b1, count, square.dtype)
                 variance = _formulas.debias(variance, rest)
             if has_eps:
-                variance = _formulas.add_noise_floor(mean, variance, eps)
+                variance = _formulas.add_noise_floor(mean, variance, floor)
             return variance
 
         mean, square = update_accumulators(
