@@ -75,7 +75,7 @@ def _newest_weight(decay: jax.Array, count: jax.Array) -> jax.Array:
 
 @_newest_weight.defjvp
 def _newest_weight_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Derivative by d ln(1/w)/dβ = 1/(1-β) - t β^(t-1)/(1-β^t), 1/w = 1 + β + …"""
+    """Derivative by d ln(1/w)/dβ = 1/(1-β) - t β^(t-1)/(1-β^t), 1/w = 1 + β + …."""
     decay, count = primals
     weight = _newest_weight(decay, count)
     near, u, tu, beta, far = _two_ranges(decay, count)
@@ -328,7 +328,7 @@ def is_no_direction(mean: jax.Array) -> jax.Array:
 
 
 def sign(mean: jax.Array) -> jax.Array:
-    """sign(p), or zero where p is too small to be a direction."""
+    """Sign of p, zero where p is too small to be a direction."""
     if jnp.iscomplexobj(mean):
         signs = jnp.sign(mean)
     else:
@@ -347,8 +347,8 @@ def relative_variance(mean: jax.Array, variance: jax.Array) -> jax.Array:
     makes it infinite.
     """
     limits = jnp.finfo(variance.dtype)
-    # Infinity over infinity would be NaN.
-    square = jnp.minimum(squared_magnitude(mean), limits.max)
+    # Neither 0/0 nor infinity over infinity.
+    square = jnp.clip(squared_magnitude(mean), limits.tiny, limits.max)
     eta2 = jnp.maximum(variance / square, limits.eps - 1)
     return jnp.where(is_no_direction(mean), 0.0, eta2)
 
@@ -371,10 +371,11 @@ def _relative_variance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
 def variance_of_rescaled(
     mean: jax.Array, variance: jax.Array, rescaled: jax.Array
 ) -> jax.Array:
-    """η²|g|² for η² = s/m², with no intermediate that is larger than needed."""
+    """η²|g|² for η² = s/m², with no larger number on the way."""
     # In this order XLA computes it in the loop that uses it; for a ratio that is squared
     # it would fill an array first.
-    size, length = jnp.abs(mean), jnp.abs(rescaled)
+    floor = jnp.finfo(mean.dtype).tiny ** 0.5
+    size, length = jnp.maximum(jnp.abs(mean), floor), jnp.abs(rescaled)
     spread = variance / size * length / size * length
     return jnp.where(is_no_direction(mean), 0.0, spread)
 
