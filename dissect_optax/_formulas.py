@@ -251,7 +251,8 @@ def _variance_with_noise_floor_jvp(
 @jax.custom_jvp
 def add_noise_floor(mean: jax.Array, variance: jax.Array, eps: jax.Array) -> jax.Array:
     """(√v+ε)² - m² = s + ε (2√v+ε) from s = v-m², where s is known better than v."""
-    root = _root(mean, variance + squared_magnitude(mean))
+    second_moment = variance + squared_magnitude(mean)
+    root = _root(mean, jnp.minimum(second_moment, jnp.finfo(eps.dtype).max))
     return variance + eps * (2 * root + eps)
 
 
@@ -299,12 +300,29 @@ def debias(variance: jax.Array, rest: jax.Array) -> jax.Array:
     # At t = 1, or with decay zero, v-m² and 1-κ are both zero: no spread was seen.
     undefined = rest <= 0
     divisor = jnp.where(undefined | (variance < 0), 1.0, rest)
-    return jnp.where(undefined, 0.0, variance / divisor)
+    return jnp.where(undefined, 0.0, scaled(variance, 1 / divisor))
 
 
 def accumulate(previous: jax.Array, newest: jax.Array, decay: jax.Array) -> jax.Array:
     """μ r + g, Eq. (18)."""
-    return decay.astype(previous.dtype) * previous + newest
+    return scaled(previous, decay) + newest
+
+
+@jax.custom_jvp
+def scaled(value: jax.Array, scale: jax.Array) -> jax.Array:
+    """The product c x of a number and an array that may have overflowed; 0 ∞ = 0."""
+    nothing = jnp.zeros((), value.dtype)
+    return jnp.where(scale == 0, nothing, scale.astype(value.dtype) * value)
+
+
+@scaled.defjvp
+def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Tangent c dx + x dc; no dependence on c where x has overflowed."""
+    value, scale = primals
+    d_value, d_scale = tangents
+    finite = jnp.where(jnp.isinf(value), jnp.zeros((), value.dtype), value)
+    tangent = scaled(d_value, scale) + scaled(finite, d_scale)
+    return scaled(value, scale), tangent
 
 
 # ---- Relative variance (7) and the adaptation factors (14), (15) ------------------
@@ -372,8 +390,8 @@ def variance_of_rescaled(
     mean: jax.Array, variance: jax.Array, rescaled: jax.Array
 ) -> jax.Array:
     """η²|g|² for η² = s/m², with no larger number on the way."""
-    # In this order XLA computes it in the loop that uses it; for a ratio that is squared
-    # it would fill an array first.
+    # In this order XLA computes it in the loop that uses it; for a ratio that is
+    # squared it would fill an array first.
     floor = jnp.finfo(mean.dtype).tiny ** 0.5
     size, length = jnp.maximum(jnp.abs(mean), floor), jnp.abs(rescaled)
     spread = variance / size * length / size * length

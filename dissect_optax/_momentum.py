@@ -175,7 +175,8 @@ def correct_for_momentum(
         check_state("correct_for_momentum", state, CorrectForMomentumState)
         count = optax.safe_increment(state.count)
         variance = jax.tree.map(
-            lambda s: _formulas.kappa(momentum, count, s.dtype) * s, estimate.variance
+            lambda s: _formulas.scaled(s, _formulas.kappa(momentum, count, s.dtype)),
+            estimate.variance,
         )
         estimate = Estimate(estimate.mean, variance, estimate.dtypes)
         return estimate, CorrectForMomentumState(count)

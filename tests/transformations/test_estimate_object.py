@@ -111,7 +111,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "-e": operator.neg,
     "abs(e)": abs,
     "e < 1": lambda e: e < 1,
-    "1 >= e": lambda e: 1 >= e,
+    "e >= 1": lambda e: e >= 1,
     "array > e": lambda e: jnp.ones(2) > e,
     "if e": bool,
     "float(e)": float,
@@ -138,7 +138,7 @@ def test_whatever_is_done_with_it_says_what_to_do(
     operation: Callable[[Any], Any],
 ) -> None:
     estimate = do.Estimate(TREE["w"], jnp.ones(2))
-    with pytest.raises(TypeError, match="An Estimate .an update direction"):
+    with pytest.raises(TypeError, match=r"^An Estimate \(an update direction"):
         operation(estimate)
 
 
@@ -152,8 +152,7 @@ def test_it_is_an_object_with_three_fields() -> None:
     assert repr(do.Estimate(1.0, 2.0)) == (
         "Estimate(mean=1.0, variance=2.0, dtypes=('float32',))"
     )
-    assert estimate == estimate  # noqa: PLR0124
-    assert estimate != do.Estimate(mean, mean)
+    assert estimate != do.Estimate(mean, mean)  # By identity.
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int8])
@@ -246,5 +245,5 @@ def test_a_state_of_another_kind(name: str, other: str) -> None:
             tx.update(params, state)
             return
     for update in (tx.update, jax.jit(tx.update)):
-        with pytest.raises(TypeError, match="needs a state of type .*, got one of"):
+        with pytest.raises(TypeError, match=r"needs a state of type .*, got one of"):
             update(params, state, grad_variance=jnp.ones(2))
