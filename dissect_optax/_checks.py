@@ -133,7 +133,7 @@ def _concrete_number(name: str, value: Any) -> float | None:
     if array and np.iscomplexobj(value) and not np.any(np.imag(value)):
         value = np.real(value)
     try:
-        if not isinstance(value, str):
+        if not isinstance(value, str) and not np.iscomplexobj(value):
             return float(value)
     except (TypeError, ValueError):
         pass

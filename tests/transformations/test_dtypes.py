@@ -136,7 +136,7 @@ def test_injected_hyperparameters_in_the_dtype_of_the_parameters(
     tx = optax.inject_hyperparams(subject.factory, static_args=tuple(subject.others))(
         **subject.numbers, **subject.others
     )
-    extra = subject.extra_args(params.astype(jnp.float32))
+    extra = subject.extra_args(params.real.astype(jnp.float32))
     with jax.numpy_dtype_promotion(promotion):
         state = tx.init(params)
         updates, _ = tx.update(params, state, params, **extra)
