@@ -321,7 +321,8 @@ def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     value, scale = primals
     d_value, d_scale = tangents
     finite = jnp.where(jnp.isinf(value), jnp.zeros((), value.dtype), value)
-    tangent = scaled(d_value, scale) + scaled(finite, d_scale)
+    c, dc = (x.astype(value.dtype) for x in (scale, d_scale))
+    tangent = c * d_value + dc * finite
     return scaled(value, scale), tangent
 
 
