@@ -494,3 +494,32 @@ def test_an_alternating_stream_that_cancels_is_right_to_two_percent(decay):
         mean = np.average(exact[:t], weights=weights)
         variance = np.average((exact[:t] - mean) ** 2, weights=weights)
         np.testing.assert_allclose(variances[t - 1], variance, rtol=0.025)
+
+
+# ---- Long after the last gradient ---------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-3, 1e3])
+@pytest.mark.parametrize(
+    "make",
+    [do.adam_star, lambda lr: do.adam(lr, 0.9, 0.9, eps=0.0), do.adam_star_mb],
+    ids=["adam_star", "adam", "adam_star_mb"],
+)
+def test_no_sign_method_steps_along_what_is_left_of_an_average(
+    make: Any, size: float
+) -> None:
+    """The variance underflows before the mean: the rest looked like a sure direction."""
+    gradients = np.zeros((1300, 3), np.float32)
+    gradients[:50] = size * (1 + 0.1 * stream(16, (3,), steps=50))
+    variances = np.square(gradients) if make is do.adam_star_mb else None
+    updates = trajectory(make(1.0), gradients, variances)
+    assert np.max(np.abs(updates[:50])) > 0.1
+    assert np.max(np.abs(updates[700:])) < 1e-12
+
+
+def test_a_row_seen_once_moves_as_in_float64() -> None:
+    gradients = np.zeros((1200, 1), np.float32)
+    gradients[0] = 1e-3
+    moved = np.sum(np.abs(trajectory(do.adam_star(1.0), gradients)))
+    expected = np.sum(np.abs(oracles.adam_star(gradients.astype(np.float64), 1.0)))
+    np.testing.assert_allclose(moved, expected, rtol=1e-4)
