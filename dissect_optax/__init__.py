@@ -14,18 +14,13 @@ from dissect_optax._adaptation import (
     inverse,
     inverse_sqrt,
 )
-from dissect_optax._estimates import (
+from dissect_optax._estimate import Estimate
+from dissect_optax._masking import masked
+from dissect_optax._momentum import (
     AccumulateMomentumState,
     CorrectForMomentumState,
-    Estimate,
-    MovingAverageEstimateState,
-    TwoMovingAveragesEstimateState,
     accumulate_momentum,
-    aggregate_per_example,
-    attach_variance,
     correct_for_momentum,
-    moving_average_estimate,
-    with_relative_variance_of,
 )
 from dissect_optax._optimizers import (
     adam,
@@ -40,6 +35,14 @@ from dissect_optax._optimizers import (
     svag,
 )
 from dissect_optax._sign import scale_by_sign
+from dissect_optax._sources import (
+    MovingAverageEstimateState,
+    TwoMovingAveragesEstimateState,
+    aggregate_per_example,
+    attach_variance,
+    moving_average_estimate,
+    with_relative_variance_of,
+)
 
 if TYPE_CHECKING:
     from dissect_optax.gradient_variance import (
@@ -67,6 +70,8 @@ __all__ = [  # noqa: RUF022
     "correct_for_momentum",
     # may lose its magnitude,
     "scale_by_sign",
+    # on some leaves only if wanted,
+    "masked",
     # and is adapted to its variance.
     "adapt_to_variance",
     "inverse",

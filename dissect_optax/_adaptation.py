@@ -13,12 +13,7 @@ import optax
 
 from dissect_optax import _formulas
 from dissect_optax._checks import check_callable
-from dissect_optax._estimates import (
-    Estimate,
-    in_gradient_dtype,
-    known_moments,
-    require_estimate,
-)
+from dissect_optax._estimate import Estimate, in_gradient_dtype, require_estimate
 
 Factor = Callable[[jax.Array], jax.Array]
 
@@ -93,7 +88,9 @@ def gaussian_sign(relative_variance: jax.Array) -> jax.Array:
     References:
       Balles & Hennig, "Dissecting Adam", §1.4, §3.1, Lemma 1.
     """
-    certain = relative_variance <= 0
+    # Below 0.01 the sign is certain to the last digit of float64, erf(7) = 1 - 4e-23,
+    # and the derivative of the root would overflow.
+    certain = relative_variance < 0.01
     eta2 = jnp.where(certain, 1.0, relative_variance)
     return jnp.where(certain, 1.0, jax.lax.erf(jax.lax.rsqrt(2 * eta2)))
 
@@ -109,7 +106,7 @@ def adapt_to_variance(
 
     Args:
       factor: The element-wise function γ of η²: `inverse`, `inverse_sqrt`,
-        `gaussian_sign` or your own. With two decays behind the `Estimate` it may meet
+        `gaussian_sign` or your own. After two decays it may meet
         -1 < η² < 0.
 
     Returns:
@@ -121,12 +118,14 @@ def adapt_to_variance(
         arrive instead of an `Estimate`.
 
     Edge cases:
-      * A direction of exactly zero gives an update of zero, whatever its variance.
+      * A direction of zero gives an update of zero, whatever its variance. So does one
+        smaller than the square root of the smallest normal number (1.1e-19 in float32).
       * A variance below the smallest normal number counts as zero.
       * η² so large that it overflows gives the factor of infinity, zero for the three
         factors here.
-      * η² ≤ -1, which rounding can bring behind two decays, is taken as -1 + one
+      * η² ≤ -1, which rounding can cause after two decays, is taken as -1 + one
         rounding unit.
+      * Integer and boolean gradients get updates in float32.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -153,17 +152,9 @@ def adapt_to_variance(
         estimate = require_estimate(updates, "adapt_to_variance")
 
         def adapt(p: jax.Array, s: jax.Array) -> jax.Array:
-            gamma = factor(_formulas.relative_variance(p, s))
-            return jnp.where(p == 0, jnp.zeros((), p.dtype), gamma * p)
+            return _formulas.adapted(factor(_formulas.relative_variance(p, s)), p)
 
-        def adapt_by_moments(p: jax.Array, m: jax.Array, root: jax.Array) -> jax.Array:
-            return _formulas.inverse_sqrt_from_moments(m, root) * p
-
-        moments = known_moments(estimate)
-        if factor is inverse_sqrt and moments is not None:
-            adapted = jax.tree.map(adapt_by_moments, estimate.mean, *moments)
-        else:
-            adapted = jax.tree.map(adapt, estimate.mean, estimate.variance)
-        return in_gradient_dtype(estimate, adapted), state
+        adapted = jax.tree.map(adapt, estimate.mean, estimate.variance)
+        return in_gradient_dtype(adapted, estimate.dtypes), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

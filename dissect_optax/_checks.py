@@ -7,31 +7,42 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from dissect_optax._precision import real_dtype, wide_dtype
+from dissect_optax._precision import accumulation_dtype, dtype_of, real_dtype
 
 
-def check_decay(name: str, value: Any) -> None:
-    """Raise unless a concrete decay lies in [0, 1)."""
+def checked_decay(name: str, value: Any) -> Any:
+    """The decay, as a real number; an error unless a concrete one lies in [0, 1)."""
     number = _concrete_number(name, value)
-    if number is None or 0 <= number < 1:
-        return
     # bfloat16 rounds 0.999 to one; the formulas then give the plain average.
-    dtype = jnp.result_type(value)
-    narrow = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize < 4
-    if number == 1 and narrow:
-        return
+    narrow = jnp.issubdtype(jnp.result_type(value), jnp.inexact) and (
+        jnp.result_type(value).itemsize < 4
+    )
+    if number is None or 0 <= number < 1 or (number == 1 and narrow):
+        return _real(value)
     raise ValueError(
         f"`{name}` must lie in [0, 1), got {number}. Use 0.0 to switch the average off."
     )
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raise if a concrete number is negative or NaN."""
+def checked_not_negative(name: str, value: Any) -> Any:
+    """The value, as a real number; an error if a concrete one is negative or NaN."""
     number = _concrete_number(name, value)
     if number is not None and not number >= 0:
         raise ValueError(f"`{name}` must not be negative, got {number}.")
+    return _real(value)
+
+
+def check_state(name: str, state: Any, expected: type) -> None:
+    """Raise unless the state is one that `init` of this transformation makes."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"`{name}` needs a state of type {expected.__name__}, got one of type "
+            f"{type(state).__name__}. Make it with `init` of the same transformation; "
+            "one decay and two decays have states of different types."
+        )
 
 
 def check_floating(name: str, dtype: jax.typing.DTypeLike | None) -> None:
@@ -73,7 +84,7 @@ def check_batch(per_example: Any) -> None:
 def matching_variance(
     gradients: optax.Updates, grad_variance: optax.Updates
 ) -> optax.Updates:
-    """The variances that belong to the gradients, checked, in wide real numbers."""
+    """The variances that belong to the gradients, checked, real, at least float32."""
 
     def absent(leaf: Any) -> bool:
         return leaf is None or isinstance(leaf, optax.MaskedNode)
@@ -100,8 +111,16 @@ def matching_variance(
                 f"{came} for a gradient of shape {jnp.shape(gradient)} "
                 f"at {jax.tree_util.keystr(path) or 'the root'}."
             )
-        dtype = real_dtype(wide_dtype(jnp.result_type(gradient), None))
-        matching.append(jnp.maximum(jnp.asarray(variance, dtype), 0.0))
+        if jnp.iscomplexobj(variance):
+            raise ValueError(
+                "`grad_variance` must be real, got a complex one at "
+                f"{jax.tree_util.keystr(path) or 'the root'}. The variance of a "
+                "complex gradient is E|g - E g|²."
+            )
+        dtype = real_dtype(accumulation_dtype(dtype_of(gradient), None))
+        variance = jnp.asarray(variance).astype(dtype)
+        # Not `maximum`, which would halve the derivative at zero.
+        matching.append(jnp.where(variance < 0, 0.0, variance))
     return treedef.unflatten(matching)
 
 
@@ -109,9 +128,18 @@ def _concrete_number(name: str, value: Any) -> float | None:
     """The value as a float, or None for a traced one."""
     if isinstance(value, jax.core.Tracer):
         return None
+    # `optax.inject_hyperparams` casts to the dtype of complex parameters.
+    array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if array and np.iscomplexobj(value) and not np.any(np.imag(value)):
+        value = np.real(value)
     try:
-        if not isinstance(value, str):
+        if not isinstance(value, str) and not np.iscomplexobj(value):
             return float(value)
     except (TypeError, ValueError):
         pass
     raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
+def _real(value: Any) -> Any:
+    """The real part of a complex array, anything else as it is."""
+    return value.real if jnp.iscomplexobj(value) else value

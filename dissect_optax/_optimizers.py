@@ -16,16 +16,22 @@ import jax
 import optax
 
 from dissect_optax._adaptation import adapt_to_variance, inverse, inverse_sqrt
-from dissect_optax._checks import check_decay, check_floating
-from dissect_optax._estimates import (
+from dissect_optax._checks import check_floating, checked_decay
+from dissect_optax._momentum import (
+    accumulate_gradients,
     accumulate_momentum,
-    attach_variance,
     correct_for_momentum,
+)
+from dissect_optax._precision import (
+    scale_by_learning_rate,
+    with_float32_accumulation,
+)
+from dissect_optax._sign import scale_by_sign
+from dissect_optax._sources import (
+    attach_variance,
     moving_average_estimate,
     with_relative_variance_of,
 )
-from dissect_optax._precision import in_wide_numbers
-from dissect_optax._sign import scale_by_sign
 
 
 def _chain(
@@ -33,7 +39,7 @@ def _chain(
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A chain in at least float32, whose updates have the gradient's dtype."""
-    return in_wide_numbers(optax.chain(*transformations), accumulator_dtype)
+    return with_float32_accumulation(optax.chain(*transformations), accumulator_dtype)
 
 
 # ---- Table 1 without momentum -----------------------------------------------------
@@ -60,7 +66,7 @@ def sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     References:
       Balles & Hennig, "Dissecting Adam", Table 1.
     """
-    return _chain(optax.scale_by_learning_rate(learning_rate))
+    return _chain(scale_by_learning_rate(learning_rate))
 
 
 def ssd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -87,7 +93,7 @@ def ssd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationEx
     """
     return _chain(
         scale_by_sign(),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -114,7 +120,7 @@ def svag(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `decay` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `decay` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
 
     Examples:
@@ -130,14 +136,14 @@ def svag(
     References:
       Balles & Hennig, "Dissecting Adam", §3.2, §3.3.
     """
-    check_decay("decay", decay)
+    decay = checked_decay("decay", decay)
     estimator = moving_average_estimate(
         decay, debias_variance=debias_variance, accumulator_dtype=accumulator_dtype
     )
     return _chain(
         with_relative_variance_of(estimator),
         adapt_to_variance(inverse),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -161,7 +167,7 @@ def m_sgd(
       The optimizer. Its state holds one buffer of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
 
     Examples:
@@ -177,11 +183,11 @@ def m_sgd(
     References:
       Balles & Hennig, "Dissecting Adam", §3.4.
     """
-    check_decay("momentum", momentum)
+    momentum = checked_decay("momentum", momentum)
     check_floating("accumulator_dtype", accumulator_dtype)
     return _chain(
-        optax.trace(momentum),
-        optax.scale_by_learning_rate(learning_rate),
+        accumulate_gradients(momentum),
+        scale_by_learning_rate(learning_rate),
         accumulator_dtype=accumulator_dtype,
     )
 
@@ -204,7 +210,7 @@ def m_ssd(
       The optimizer. Its state holds one buffer of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
 
     Examples:
@@ -219,12 +225,12 @@ def m_ssd(
     References:
       Balles & Hennig, "Dissecting Adam", §4, Algorithm 1.
     """
-    check_decay("momentum", momentum)
+    momentum = checked_decay("momentum", momentum)
     check_floating("accumulator_dtype", accumulator_dtype)
     return _chain(
-        optax.trace(momentum),
+        accumulate_gradients(momentum),
         scale_by_sign(),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
         accumulator_dtype=accumulator_dtype,
     )
 
@@ -252,7 +258,7 @@ def m_svag(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
 
     Examples:
@@ -268,7 +274,7 @@ def m_svag(
     References:
       Balles & Hennig, "Dissecting Adam", §3.4, Algorithm 2.
     """
-    check_decay("momentum", momentum)
+    momentum = checked_decay("momentum", momentum)
     return _chain(
         moving_average_estimate(
             momentum,
@@ -277,7 +283,7 @@ def m_svag(
         ),
         correct_for_momentum(momentum),
         adapt_to_variance(inverse),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -306,7 +312,7 @@ def adam(
 
     Raises:
       ValueError: If a decay is outside [0, 1), ε is negative, or `accumulator_dtype` is
-        no floating-point dtype.
+        not a floating-point dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -327,7 +333,7 @@ def adam(
         moving_average_estimate(b1, b2, eps=eps, accumulator_dtype=accumulator_dtype),
         scale_by_sign(),
         adapt_to_variance(inverse_sqrt),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -354,7 +360,7 @@ def adam_star(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
 
     Examples:
@@ -368,13 +374,13 @@ def adam_star(
     References:
       Balles & Hennig, "Dissecting Adam", §D, Algorithm 4.
     """
-    check_decay("momentum", momentum)
+    momentum = checked_decay("momentum", momentum)
     return _chain(
         moving_average_estimate(momentum, accumulator_dtype=accumulator_dtype),
         correct_for_momentum(momentum),
         scale_by_sign(),
         adapt_to_variance(inverse_sqrt),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -398,7 +404,7 @@ def m_svag_mb(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
       TypeError: From `update`, if `grad_variance` is missing.
 
@@ -418,12 +424,12 @@ def m_svag_mb(
     References:
       Balles & Hennig, "Dissecting Adam", §C, §D, Algorithm 3.
     """
-    check_decay("momentum", momentum)
+    momentum = checked_decay("momentum", momentum)
     return _chain(
         attach_variance(),
         accumulate_momentum(momentum, accumulator_dtype=accumulator_dtype),
         adapt_to_variance(inverse),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )
 
 
@@ -448,7 +454,7 @@ def adam_star_mb(
       The optimizer. Its state holds two buffers of the size of the parameters.
 
     Raises:
-      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is no
+      ValueError: If `momentum` is outside [0, 1), or `accumulator_dtype` is not a
         floating-point dtype.
       TypeError: From `update`, if `grad_variance` is missing.
 
@@ -468,11 +474,11 @@ def adam_star_mb(
     References:
       Balles & Hennig, "Dissecting Adam", §C, §D, Algorithm 5.
     """
-    check_decay("momentum", momentum)
+    momentum = checked_decay("momentum", momentum)
     return _chain(
         attach_variance(),
         accumulate_momentum(momentum, accumulator_dtype=accumulator_dtype),
         scale_by_sign(),
         adapt_to_variance(inverse_sqrt),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_learning_rate(learning_rate),
     )

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from dissect_optax import _formulas
-from dissect_optax._estimates import Estimate, like_estimate
+from dissect_optax._estimate import Estimate, in_gradient_dtype, require_estimate
+from dissect_optax._precision import dtype_of, upcast
 
 
 def scale_by_sign() -> optax.GradientTransformationExtraArgs:
@@ -25,7 +26,10 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
       `Estimate` to `Estimate`.
 
     Edge cases:
-      * sign(0) = 0, and its variance is zero.
+      * sign(0) = 0. In an `Estimate`, a direction smaller than the square root of the
+        smallest normal number (1.1e-19 in float32) counts as zero, and so does its
+        variance: it is what is left of an average long after its last gradient.
+      * Integers and booleans have signs in float32.
       * A variance below the smallest normal number counts as zero.
 
     Examples:
@@ -49,10 +53,15 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates | Estimate, optax.EmptyState]:
         del params, extra_args
         if not isinstance(updates, Estimate):
-            return jax.tree.map(jnp.sign, updates), state
-        mean, variance = updates
-        signs = jax.tree.map(jnp.sign, mean)
-        spread = jax.tree.map(_formulas.relative_variance, mean, variance)
-        return like_estimate(updates, signs, spread, same_ratio=True), state
+            # Through float32, since float8 and booleans have no sign of their own.
+            signs = jax.tree.map(jnp.sign, upcast(updates))
+            dtypes = tuple(dtype_of(leaf) for leaf in jax.tree.leaves(updates))
+            return in_gradient_dtype(signs, dtypes), state
+        estimate = require_estimate(updates, "scale_by_sign")
+        signs = jax.tree.map(lambda p: _formulas.sign(p), estimate.mean)
+        variance = jax.tree.map(
+            _formulas.relative_variance, estimate.mean, estimate.variance
+        )
+        return Estimate(signs, variance, estimate.dtypes), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

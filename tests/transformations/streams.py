@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import dissect_optax
+
 STEPS = 60
 SHAPES = {"scalar": (), "vector": (3,), "matrix": (2, 2)}
 
@@ -34,17 +36,24 @@ def tree_stream(dtype: Any = np.float32, steps: int = STEPS) -> dict[str, np.nda
     }
 
 
+def as_arrays(updates: Any) -> Any:
+    """Plain updates, or (mean, variance) of an Estimate, which JAX does not return."""
+    if isinstance(updates, dissect_optax.Estimate):
+        return updates.mean, updates.variance
+    return updates
+
+
 def trajectory(
     tx: optax.GradientTransformation, gradients: Any, variances: Any = None
 ) -> Any:
-    """The updates, or Estimates, of all steps, stacked: one compiled loop."""
+    """The updates, or (mean, variance), of all steps, stacked: one compiled loop."""
     tx = optax.with_extra_args_support(tx)
 
     def step(state: Any, inputs: Any) -> Any:
         gradient, variance = inputs
         extra = {} if variance is None else {"grad_variance": variance}
         updates, state = tx.update(gradient, state, **extra)
-        return state, updates
+        return state, as_arrays(updates)
 
     gradients, variances = jax.tree.map(jnp.asarray, (gradients, variances))
     params = jax.tree.map(lambda g: jnp.zeros_like(g[0]), gradients)

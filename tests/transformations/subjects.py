@@ -148,6 +148,13 @@ TRANSFORMATIONS = {
         after=factories("adapt_to_variance"),
     ),
     "scale_by_sign": Subject(do.scale_by_sign),
+    "masked": Subject(
+        do.masked,
+        others={"inner": do.scale_by_sign(), "mask": True},
+        before=factories("attach_variance"),
+        after=factories("adapt_to_variance"),
+        needs_variance=True,
+    ),
     "scale_by_sign of an Estimate": Subject(
         do.scale_by_sign,
         before=factories("attach_variance"),

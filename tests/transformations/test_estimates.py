@@ -96,9 +96,9 @@ def test_first_step_shows_no_variance(
     blank = tx.init(gradient)
     past = blank._replace(mean=jnp.full(4, 1e15), variance=jnp.full(4, 1e30))
     for state in (blank, past):
-        (mean, variance), _ = tx.update(gradient, state)
-        same_bits(mean, gradient)
-        same_bits(variance, jnp.zeros(4))
+        estimate, _ = tx.update(gradient, state)
+        same_bits(estimate.mean, gradient)
+        same_bits(estimate.variance, jnp.zeros(4))
 
 
 @pytest.mark.parametrize("debias_variance", [False, True])

