@@ -564,6 +564,8 @@ def _chooses_by_example(walk: Walk, equation: JaxprEqn) -> bool:
     """Whether an equation is a condition of which examples take different branches."""
     if equation.primitive.name != "cond" or equation.effects:
         return False
+    if not _rules.RULES["cond"].recognises(equation):
+        return False
     return not walk.is_constant(equation.invars[0])
 
 

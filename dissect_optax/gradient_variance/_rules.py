@@ -35,6 +35,7 @@ from dissect_optax.gradient_variance._placement import (
     windows_are_disjoint,
 )
 from dissect_optax.gradient_variance._program import (
+    SCAN_PARAMETERS,
     Atom,
     Derived,
     Source,
@@ -1194,21 +1195,7 @@ def _others_are_constant(walk: "Walk", equation: JaxprEqn, operand: int) -> bool
 
 
 # c ys = scan[jaxpr=… length=…] consts c xs
-@rule(
-    "scan",
-    knows=(
-        "jaxpr",
-        "length",
-        "reverse",
-        "unroll",
-        "num_consts",
-        "num_carry",
-        "linear",
-        "ft_in",
-        "ft_out",
-        "_split_transpose",
-    ),
-)
+@rule("scan", knows=tuple(SCAN_PARAMETERS))
 def _scan(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
     """A sum over steps, or a stack: asks for the factors behind it."""
     loop = loop_of(equation)
