@@ -634,7 +634,9 @@ def _kind(term: Term) -> Hashable:
     if isinstance(term, KernelGradient | Reindexed):
         return (type(term), term.key, _kind(term.term), shapes)
     if isinstance(term, Scaled):
-        return (type(term), term.kind, _kind(term.term), shapes)
+        # A literal is not among the sources, which each branch brings.
+        literal = isinstance(term.factor, Literal) and str(term.factor)
+        return (type(term), term.kind, literal, _kind(term.term), shapes)
     if isinstance(term, Several):
         axis = getattr(term, "axis", None)
         return (type(term), axis, *map(_kind, term.terms), shapes)
