@@ -414,8 +414,11 @@ class Contraction(Term):
 
 
 def is_worth_crossing(depth: int) -> bool:
-    """Whether all products of two of `depth` outer products cost less than chunks."""
-    return depth * (depth + 1) // 2 <= depth + CROSS_TERMS_WORTH
+    """Whether all products of two of `depth` outer products cost less than chunks.
+
+    Not without any product (an axis of length zero): there are no pairs then.
+    """
+    return 0 < depth * (depth + 1) // 2 <= depth + CROSS_TERMS_WORTH
 
 
 def cross_mean(
@@ -513,7 +516,7 @@ def _matrix(
         factor = factor.transpose(order)
         inner = factor.shape[more + len(summed) : more + len(summed) + len(shared)]
         columns = math.prod(factor.shape[factor.ndim - len(free) :]) if free else 1
-        rows = factor.size // max(1, columns * math.prod(inner))
+        rows = math.prod(factor.shape[: more + len(summed)])
         return factor.reshape(rows, *inner, columns)
 
     stacks = [batch.for_every_example(v) for v in sources]
