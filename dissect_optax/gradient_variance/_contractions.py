@@ -565,13 +565,16 @@ class KernelGradient(Elementwise):
     def total(self, stacks: Mapping[Any, Any], precision: Any) -> jax.Array:
         # The axis that the convolution sums over has room for all steps.
         numbers = self.equation.params["dimension_numbers"]
+        # A factor that was scaled or cast has another dtype than in the program.
+        params = {**self.equation.params, "preferred_element_type": self.dtype}
+        equation = self.equation.replace(params=params)
         total: Any = 0
         for image, kernel in zip(self.term.left, self.term.right, strict=True):
-            operands = (
-                _steps_in_axis(stacks[image], numbers.lhs_spec[1]),
-                _steps_in_axis(stacks[kernel], numbers.rhs_spec[1]),
-            )
-            total = total + run_equation(self.equation, *operands)[0]
+            left = _steps_in_axis(stacks[image], numbers.lhs_spec[1])
+            right = _steps_in_axis(stacks[kernel], numbers.rhs_spec[1])
+            if left.dtype != right.dtype:
+                left, right = left.astype(self.dtype), right.astype(self.dtype)
+            total = total + run_equation(equation, left, right)[0]
         return total
 
     def moments(self, batch: Batch) -> Moments:
