@@ -376,6 +376,9 @@ def _scaled_inside(
         return dataclasses.replace(term, term=inner)
     if isinstance(term, Scaled):
         inner = _scaled_inside(term.term, value, places, kind)
+        if kind in ("select", "deselect") and term.kind != "select":
+            # The mask may hide elements that the scale makes infinite: it comes last.
+            return None
         return None if inner is None else dataclasses.replace(term, term=inner)
     if isinstance(term, Reindexed) and not places:
         inner = _scaled_inside(term.term, value, (), kind)
