@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from dissect_optax.gradient_variance._program import Source, run_equation, shape_of
+from dissect_optax.gradient_variance._program import (
+    Source,
+    read,
+    run_equation,
+    shape_of,
+)
 from dissect_optax.gradient_variance._terms import (
     Batch,
     Elementwise,
@@ -88,17 +93,20 @@ class Moved(Elementwise):
     def _move(self, elements: jax.Array, environment: Mapping[Any, Any]) -> jax.Array:
         """The elements where the equation puts them, or takes them from."""
         inputs = self.equation.invars
-        values: dict[int, Any] = {0: elements}
         if self._scatters:
-            values = {0: jnp.zeros(self.shape, elements.dtype), 2: elements}
-        operands = [
-            values[i] if i in values else environment[v]
-            for i, v in enumerate(inputs)
-            if i in values or isinstance(v, Var)
-        ]
-        if self._scatters and isinstance(inputs[0], Literal):
-            operands = operands[1:]
-        return run_equation(self.equation, *operands)[0]
+            # Not by the equation, which holds an addition of its own dtype.
+            params = self.equation.params
+            return jax.lax.scatter_add(
+                jnp.zeros(self.shape, elements.dtype),
+                read(inputs[1], environment),
+                elements,
+                params["dimension_numbers"],
+                indices_are_sorted=params["indices_are_sorted"],
+                unique_indices=params["unique_indices"],
+                mode=params["mode"],
+            )
+        operands = [environment[v] for v in inputs[1:] if isinstance(v, Var)]
+        return run_equation(self.equation, elements, *operands)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
