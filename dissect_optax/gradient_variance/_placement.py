@@ -141,8 +141,8 @@ class Placed(Elementwise):
         count = parts.shape[0]
         starts = [
             jnp.broadcast_to(
-                jnp.asarray(s.val if isinstance(s, Literal) else stacks[s]), (count,)
-            ).astype(jnp.int32)
+                saturated(s.val if isinstance(s, Literal) else stacks[s]), (count,)
+            )
             for s in self.starts
         ]
         rank = len(self.table_shape)
@@ -178,6 +178,14 @@ class Placed(Elementwise):
         ]
         table = jnp.zeros(self.table_shape, part.dtype)
         return jax.lax.dynamic_update_slice(table, part, starts)
+
+
+def saturated(indices: jax.typing.ArrayLike) -> jax.Array:
+    """Indices as int32; what is out of its range stays beyond every table."""
+    indices = jnp.asarray(indices)
+    limits = jnp.iinfo(indices.dtype)
+    low, high = max(limits.min, -1), min(limits.max, 2**31 - 1)
+    return jnp.clip(indices, low, high).astype(jnp.int32)
 
 
 def windows_are_disjoint(
