@@ -2,14 +2,22 @@
 
 import ast
 import importlib
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import dissect_optax
+from dissect_optax import theory
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "experiments" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -64,3 +72,38 @@ def test_names_and_tests_of_an_equation_exist(row: str) -> None:
             node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         }
         assert test in functions, f"{file}.py::{test}"
+
+
+def test_the_api_page_has_every_public_name_in_its_order() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = re.findall(r"^\.\. auto(?:function|class):: (\S+)$", page, re.MULTILINE)
+    assert documented == [
+        *(f"dissect_optax.{name}" for name in dissect_optax.__all__),
+        *(f"dissect_optax.theory.{name}" for name in theory.__all__),
+    ]
+
+
+needs_docs_extra = pytest.mark.skipif(
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("furo", "myst_parser", "sphinx")
+    ),
+    reason="needs the extra `docs`",
+)
+
+
+@needs_docs_extra
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = ["-m", "sphinx", "-W", "--keep-going", "-c", "docs", "."]
+    assert " ".join(command) in (ROOT / "CONTRIBUTING.md").read_text()
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {str(path.relative_to(ROOT).with_suffix(".html")) for path in PAGES}
+    missing = {page for page in pages if not (tmp_path / page).exists()}
+    assert not missing
