@@ -23,6 +23,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Its first line is a comment that names the file.
+EXCERPT = re.compile(r"^```py\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"(?<![\w/.])((?:[\w.]+/)+[\w.]+\.(?:py|md|toml|yml|json))\b")
 
 
 def page_name(page: Path) -> str:
@@ -40,6 +44,31 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_excerpts_of_a_page_are_in_their_files(page: Path) -> None:
+    for file, excerpt in EXCERPT.findall(page.read_text()):
+        assert excerpt in (ROOT / file).read_text(), file
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/design.md"])
+def test_files_that_a_page_names_exist(name: str) -> None:
+    named = set(FILE.findall((ROOT / name).read_text())) - {
+        "experiments/problems/NAME.py"
+    }
+    assert len(named) > 10
+    assert not [file for file in named if not (ROOT / file).exists()]
+
+
+def test_commands_for_contributors_name_what_exists() -> None:
+    commands = "".join(COMMAND.findall((ROOT / "CONTRIBUTING.md").read_text()))
+    tests = re.findall(r"\b(tests(?:/\w+)*(?:\.py)?)\b", commands)
+    modules = re.findall(r"-m ((?:benchmarks|experiments)[.\w]*)", commands)
+    assert tests
+    assert modules
+    assert not [path for path in tests if not (ROOT / path).exists()]
+    assert not [m for m in modules if importlib.util.find_spec(m) is None]
 
 
 def test_the_readme_commands_are_those_of_the_checks() -> None:
