@@ -145,7 +145,7 @@ def value_grad_and_variance(
     by |B|. Per-example gradients of large parameters are not stored: the gradient
     program of one example is cut where small factors are multiplied, and the batch's
     sums of products and of squared products are computed from the factors.
-    `explain_variance` tells for every parameter what was found. Call it in `jax.jit`.
+    `explain_variance` reports for every parameter what was found. Call it in `jax.jit`.
 
     Weights w_k ≥ 0 give the weighted mean Σ w_k ∇ℓ_k / W, W = Σ w_k, and the unbiased
     estimate of its variance, for independent examples of one variance::
@@ -226,8 +226,8 @@ def value_grad_and_variance(
         layers and in products per example where the examples' gradients differ by less
         than about 1e-3 of their size in float32; the difference is clamped at zero.
         The relative variance ŝ/g² is then wrong by no more than some 1e-6/|B|, which
-        no variance adaptation notices. Stored gradients and table rows always use
-        deviations.
+        no variance adaptation notices. Stored gradients of up to 65 536 elements, and
+        rows of a table that is an embedding only, always use deviations.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -281,12 +281,14 @@ def explain_variance(
         (`jax.ShapeDtypeStruct`) will do. It returns a `VarianceRoute` for each
         trainable parameter; `routes` names what was found:
 
-        - ``outer product``: one more matrix product;
+        - ``outer product``, ``2 outer products``: one more matrix product;
         - ``product per example``: gradients of a few examples at a time;
+        - ``gradients by example``: the same after a further linear operation;
         - ``table rows``: rows that were looked up, added by example;
         - ``stored gradients``: one gradient per example, side by side;
         - ``the same for all examples``: no variance;
-        - ``sum of …``: what overlaps, added for a few examples at a time.
+        - ``sum of …``: parts that overlap, by their cross products where these are
+          cheap, else added for a few examples at a time.
 
         In brackets stands the JAX primitive that it was found at.
 
