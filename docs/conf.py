@@ -2,9 +2,9 @@
 
     python -m sphinx -W --keep-going -c docs . docs/_build
 
-Every warning and every link that leads nowhere is an error. The source folder is the repository's root, so that the pages stay where a reader of the
-repository looks for them, and a relative link between two of them, or to another file,
-is the same link here and there.
+Every warning and every link that leads nowhere is an error. The source folder is the
+repository's root: the pages stay where a reader of the repository looks for them, and
+a relative link between two of them, or to another file, works in both places.
 """
 
 import re
@@ -58,7 +58,8 @@ def add_contents(app: Any, page: str, source: list[str]) -> None:
         return
     for caption, pages in PAGES.items():
         entries = "\n".join(f"/{entry}" for entry in pages)
-        source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
+        options = f":hidden:\n:caption: {caption}"
+        source[0] += f"\n```{{toctree}}\n{options}\n\n{entries}\n```\n"
 
 
 # ---- Docstrings ----------------------------------------------------------------------

@@ -105,7 +105,9 @@ def test_names_and_tests_of_an_equation_exist(row: str) -> None:
 
 def test_the_api_page_has_every_public_name_in_its_order() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
-    documented = re.findall(r"^\.\. auto(?:function|class):: (\S+)$", page, re.MULTILINE)
+    documented = re.findall(
+        r"^\.\. auto(?:function|class):: (\S+)$", page, re.MULTILINE
+    )
     assert documented == [
         *(f"dissect_optax.{name}" for name in dissect_optax.__all__),
         *(f"dissect_optax.theory.{name}" for name in theory.__all__),
