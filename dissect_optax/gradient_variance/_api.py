@@ -49,7 +49,7 @@ class VarianceRoute(NamedTuple):
     shape: tuple[int, ...]
     """Shape of the parameter."""
     routes: tuple[str, ...]
-    """What the gradient is made of; several entries for a sum or a concatenation."""
+    """Terms of the gradient; several entries for a sum or a concatenation."""
     operations: int
     """Floating-point operations beyond those of the plain gradient."""
     numbers: int
@@ -163,7 +163,7 @@ def value_grad_and_variance(
         batched: Whether `loss` takes a batch and returns the mean over its examples.
             It is called with batches of one, `x[None]` for every leaf of an example,
             so it must be a mean of what it is on each example alone.
-        trainable: Which leaves of `params` the gradient is taken by: a tree of bools
+        trainable: The leaves of `params` that have a gradient: a tree of bools
             with the structure of `params` or of its upper part, or a function
             `(path, leaf) -> bool` of a key path as in `jax.tree.map_with_path`. The
             others are frozen: they cost nothing, may be of any type (integers, keys,
@@ -197,8 +197,8 @@ def value_grad_and_variance(
 
     Raises:
         TypeError: If the loss of one example is not a real scalar; if a trainable leaf
-            is not a floating-point or complex array, which the message names by its
-            path; if `trainable` holds or returns something else than bools.
+            is not a floating-point or complex array (the message gives its path); if
+            `trainable` holds or returns anything but bools.
         ValueError: If batch leaves disagree on their length, have none or are fewer
             than two; if `weights` are negative or leave fewer than two examples.
             Traced weights cannot be checked: where fewer than two of them are
@@ -213,7 +213,7 @@ def value_grad_and_variance(
             read off the program while it is traced; neither finds every such loss.
 
     Edge cases:
-        - None in `params` is no leaf: it stays None in gradient and variance.
+        - None in `params` is not a leaf: it is None in gradient and variance.
         - A batched loss that is a sum, or that divides by a total over the batch (of
           mask entries, say), differs from the mean of its values on single examples,
           and only the latter is computed; `weights` expresses the division.
@@ -268,7 +268,7 @@ def explain_variance(
     batched: bool = False,
     trainable: Trainable = None,
 ) -> Callable[..., list[VarianceRoute]]:
-    """The way that `value_grad_and_variance` takes for each parameter, and its cost.
+    """How `value_grad_and_variance` computes each parameter's variance, and its cost.
 
     Args:
         loss: As for `value_grad_and_variance`.
