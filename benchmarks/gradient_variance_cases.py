@@ -9,6 +9,7 @@ float64 gradients of all examples.
     python -m benchmarks.gradient_variance_cases --label after
     python -m benchmarks.gradient_variance_cases --cases lora_merged,cbow
     python -m benchmarks.gradient_variance_cases --table    (what has been measured)
+    python -m benchmarks.gradient_variance_cases --page     (the table of the docs)
 
 Every case runs in a process of its own, and is stopped at a time limit; what it had
 measured until then is kept. Some 15 minutes on two cores.
@@ -302,6 +303,58 @@ def header() -> str:
     return f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
+# ---- The table of docs/gradient_variance.md ----------------------------------------
+
+
+def page_table(results: dict[str, Any]) -> str:
+    """The hard losses, before and after, as docs/gradient_variance.md shows them.
+
+    The networks have a table of their own there.
+    """
+    runs = [
+        {record["case"]: record for record in results[label]["records"]}
+        for label in ("before", "after")
+        if label in results
+    ]
+    labels = "before → now" if len(runs) > 1 else "before"
+    rows = [
+        f"| loss | time ratio, {labels} | MB beyond the plain gradient's, {labels} |",
+        "|---|---|---|",
+    ]
+    for name, case in CASES.items():
+        if case.group == "networks" or not any(name in run for run in runs):
+            continue
+        records = [run.get(name, {}) for run in runs]
+        ratios = " → ".join(map(_page_ratio, records))
+        megabytes = " → ".join(map(_page_megabytes, records))
+        rows.append(f"| {_description(case)} (`{name}`) | {ratios} | {megabytes} |")
+    return "\n".join(rows)
+
+
+def _description(case: Case) -> str:
+    """The first sentence on a case, without its full stop."""
+    make = case.make
+    function = make.func if isinstance(make, functools.partial) else make
+    assert function.__doc__ is not None
+    return function.__doc__.splitlines()[0].removesuffix(".")
+
+
+def _page_ratio(record: dict[str, Any]) -> str:
+    """A time ratio to two or three digits, or why there is none."""
+    ratio = record.get("time_ratio")
+    if ratio is None:
+        return record.get("failure", "not measured")
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+
+
+def _page_megabytes(record: dict[str, Any]) -> str:
+    """Temporary memory beyond that of the plain gradient."""
+    if "ours_megabytes" not in record:
+        return "not measured"
+    megabytes = max(0.0, record["ours_megabytes"] - record["plain_megabytes"])
+    return f"{megabytes:.0f}" if megabytes >= 10 else f"{megabytes:.1f}"
+
+
 def main() -> None:
     """Measure cases, print a table as they end, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -312,6 +365,7 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=240, help="per case")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="tabulate only")
+    parser.add_argument("--page", action="store_true", help="the table of the docs")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -324,6 +378,9 @@ def main() -> None:
         for label, run in results.items():
             print(f"{label}\n\n{header()}")
             print("\n".join(map(table_row, run["records"])), end="\n\n")
+        return
+    if arguments.page:
+        print(page_table(results))
         return
     names = arguments.cases.split(",")
     unknown = [name for name in names if name not in CASES]

@@ -123,7 +123,10 @@ def _complex_loss(params: Params, example: Any) -> jax.Array:
 
 
 def complex_from_real(batch: int = 128, width: int = 512) -> Problem:
-    """A complex weight from two real ones, which together are a copy."""
+    """A complex weight from two real ones.
+
+    The two together are a copy.
+    """
     random = np.random.default_rng(0)
     w = {"re": _weights(random, width, width), "im": _weights(random, width, width)}
     return Problem(_complex_loss, w, _vectors(random, batch, width), w)
@@ -142,7 +145,10 @@ def _fno_loss(params: Params, example: Any) -> jax.Array:
 def fno_layer(
     batch: int = 64, grid: int = 64, width: int = 64, modes: int = 32
 ) -> Problem:
-    """A layer of a Fourier neural operator; the spectral weights are a copy."""
+    """A layer of a Fourier neural operator.
+
+    Its spectral weights are a copy.
+    """
     random = np.random.default_rng(0)
     spectral = {
         "re": _weights(random, modes, width, width),
@@ -403,7 +409,7 @@ def _fori_indexed_loss(params: Params, example: Any) -> jax.Array:
 
 
 def fori_indexed(batch: int = 64, layers: int = 8, width: int = 256) -> Problem:
-    """The same in a `fori_loop`."""
+    """Weights that the body of a `fori_loop` takes by their number."""
     return _layers(_fori_indexed_loss, batch, layers, width)
 
 
@@ -514,7 +520,10 @@ def decoder(
     heads: int = 8,
     vocabulary: int = 1000,
 ) -> Problem:
-    """A language model with `remat` in a scan over its layers, which are a copy."""
+    """A language model with `remat` in a scan over its layers.
+
+    Their weights are a copy.
+    """
     random = np.random.default_rng(0)
     stack = {
         "scale": jnp.ones((layers, 2, width)),

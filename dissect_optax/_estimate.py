@@ -37,8 +37,9 @@ class Estimate:
       mean: The update direction p̂, a tree like the parameters, in the gradient's unit.
       variance: The element-wise variance of p̂, real, with the same structure and
         shapes, in the gradient's unit squared.
-      dtypes: The dtypes of the gradients behind it, in the order of the leaves; those
-        of `mean` if not given. `adapt_to_variance` returns updates in these.
+      dtypes: The dtypes of the gradients that it was made of, in the order of the
+        leaves; those of `mean` if not given. `adapt_to_variance` returns updates in
+        these.
 
     Edge cases:
       * A function under `jax.jit` cannot return one: return `mean` and `variance`, and

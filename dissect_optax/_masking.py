@@ -17,7 +17,7 @@ def masked(
 
     For plain updates it is `optax.masked`, which cannot look into an `Estimate`. Of
     an `Estimate`, `inner` sees the leaves with a mask of True; mean and variance of the
-    others stay as they are.
+    others are unchanged.
 
     Args:
       inner: The transformation for these leaves: `scale_by_sign`,

@@ -1,4 +1,4 @@
-"""Dtypes: accumulate in at least float32, hand updates back in the gradient's own.
+"""Dtypes: accumulate in at least float32, return updates in the gradient's own.
 
 Every dtype is chosen here without JAX's promotion, so that the user's setting of
 `jax_numpy_dtype_promotion` does not matter.

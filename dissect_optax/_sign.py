@@ -19,7 +19,7 @@ def scale_by_sign() -> optax.GradientTransformationExtraArgs:
         (sign(p), s/p²)
 
     since dividing a quantity by |p| divides its variance by p²; the relative variance
-    η² of Eq. (7) stays what it was. A complex update keeps its phase, sign(p) = p/|p|.
+    η² of Eq. (7) is unchanged. A complex update keeps its phase, sign(p) = p/|p|.
 
     Returns:
       A stateless transformation, from plain updates to plain updates and from

@@ -2,19 +2,31 @@
 
 import ast
 import importlib
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import dissect_optax
+from dissect_optax import theory
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "experiments" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Its first line is a comment that names the file.
+EXCERPT = re.compile(r"^```py\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"(?<![\w/.])((?:[\w.]+/)+[\w.]+\.(?:py|md|toml|yml|json))\b")
 
 
 def page_name(page: Path) -> str:
@@ -32,6 +44,31 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_excerpts_of_a_page_are_in_their_files(page: Path) -> None:
+    for file, excerpt in EXCERPT.findall(page.read_text()):
+        assert excerpt in (ROOT / file).read_text(), file
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/design.md"])
+def test_files_that_a_page_names_exist(name: str) -> None:
+    named = set(FILE.findall((ROOT / name).read_text())) - {
+        "experiments/problems/NAME.py"
+    }
+    assert len(named) > 10
+    assert not [file for file in named if not (ROOT / file).exists()]
+
+
+def test_commands_for_contributors_name_what_exists() -> None:
+    commands = "".join(COMMAND.findall((ROOT / "CONTRIBUTING.md").read_text()))
+    tests = re.findall(r"\b(tests(?:/\w+)*(?:\.py)?)\b", commands)
+    modules = re.findall(r"-m ((?:benchmarks|experiments)[.\w]*)", commands)
+    assert tests
+    assert modules
+    assert not [path for path in tests if not (ROOT / path).exists()]
+    assert not [m for m in modules if importlib.util.find_spec(m) is None]
 
 
 def test_the_readme_commands_are_those_of_the_checks() -> None:
@@ -64,3 +101,40 @@ def test_names_and_tests_of_an_equation_exist(row: str) -> None:
             node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
         }
         assert test in functions, f"{file}.py::{test}"
+
+
+def test_the_api_page_has_every_public_name_in_its_order() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    documented = re.findall(
+        r"^\.\. auto(?:function|class):: (\S+)$", page, re.MULTILINE
+    )
+    assert documented == [
+        *(f"dissect_optax.{name}" for name in dissect_optax.__all__),
+        *(f"dissect_optax.theory.{name}" for name in theory.__all__),
+    ]
+
+
+needs_docs_extra = pytest.mark.skipif(
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("furo", "myst_parser", "sphinx")
+    ),
+    reason="needs the extra `docs`",
+)
+
+
+@needs_docs_extra
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = ["-m", "sphinx", "-W", "--keep-going", "-c", "docs", "."]
+    assert " ".join(command) in (ROOT / "CONTRIBUTING.md").read_text()
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {str(path.relative_to(ROOT).with_suffix(".html")) for path in PAGES}
+    missing = {page for page in pages if not (tmp_path / page).exists()}
+    assert not missing

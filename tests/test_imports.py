@@ -1,4 +1,4 @@
-"""Which room may know which: the arrows of the design, read off the source."""
+"""Which module may import which, read off the source."""
 
 import ast
 import sys
@@ -12,10 +12,10 @@ import dissect_optax
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "dissect_optax"
 
-# Rooms that any module of the library may use.
+# Modules that any module of the library may import.
 HELPERS = {"_checks", "_precision"}
-# Room of the library -> the rooms it may import from.
-ARROWS = {
+# Module or package of the library -> those that it may import from.
+ALLOWED_IMPORTS = {
     "__init__": {
         "_adaptation",
         "_estimate",
@@ -38,7 +38,7 @@ ARROWS = {
     "_checks": set(),
     "_precision": set(),
     "_formulas": set(),
-    # A house of its own: it knows the formulas and the public names.
+    # A package by itself, which shares the formulas.
     "theory": {"theory", "_formulas"},
 }
 BROUGHT_BY_THE_LIBRARY = {"dissect_optax", "jax", "numpy", "optax"}
@@ -58,13 +58,13 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_modules(path: Path) -> set[str]:
     names = (name.split(".") for name in imported_names(path))
     modules = {
         parts[1] for parts in names if parts[0] == "dissect_optax" and len(parts) > 1
     }
     known = {entry.stem for entry in LIBRARY.iterdir()}
-    # `from dissect_optax import Estimate` names no room: it is the front door.
+    # `from dissect_optax import Estimate` imports from the package itself.
     return {module if module in known else "__init__" for module in modules}
 
 
@@ -76,10 +76,10 @@ LIBRARY_FILES = modules_under(LIBRARY)
 
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=ids(LIBRARY_FILES))
-def test_arrows_point_one_way(path: Path) -> None:
-    room = path.relative_to(LIBRARY).parts[0].removesuffix(".py")
-    assert room in ARROWS, f"{room} is new: say what it may import"
-    assert imported_rooms(path) <= ARROWS[room] | HELPERS
+def test_imports_go_one_way(path: Path) -> None:
+    module = path.relative_to(LIBRARY).parts[0].removesuffix(".py")
+    assert module in ALLOWED_IMPORTS, f"list what the new {module} may import"
+    assert imported_modules(path) <= ALLOWED_IMPORTS[module] | HELPERS
 
 
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=ids(LIBRARY_FILES))
@@ -129,10 +129,10 @@ def test_figures_read_records_only() -> None:
         names = set(imported_names(path))
         roots = {name.split(".")[0] for name in names}
         assert not roots & {"dissect_optax", "jax", "flax", "optax"}, path
-        rooms = {
+        modules = {
             name.split(".")[1] for name in names if name.startswith("experiments.")
         }
-        assert rooms <= {"figures", "records"}, path
+        assert modules <= {"figures", "records"}, path
 
 
 def test_oracles_share_nothing_with_what_they_check() -> None:

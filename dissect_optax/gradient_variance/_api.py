@@ -131,7 +131,7 @@ def value_grad_and_variance(
     by |B|. Per-example gradients of large parameters are not stored: the gradient
     program of one example is cut where small factors are multiplied, and the batch's
     sums of products and of squared products are computed from the factors.
-    `explain_variance` tells for every parameter what was found. Call it in `jax.jit`.
+    `explain_variance` reports for every parameter what was found. Call it in `jax.jit`.
 
     Weights w_k ≥ 0 give the weighted mean Σ w_k ∇ℓ_k / W, W = Σ w_k, and the unbiased
     estimate of its variance, for independent examples of one variance::
@@ -149,7 +149,7 @@ def value_grad_and_variance(
         batched: Whether `loss` takes a batch and returns the mean over its examples.
             It is called with batches of one, `x[None]` for every leaf of an example,
             so it must be a mean of what it is on each example alone.
-        trainable: Which leaves of `params` the gradient is taken by: a tree of bools
+        trainable: The leaves of `params` that have a gradient: a tree of bools
             with the structure of `params` or of its upper part, or a function
             `(path, leaf) -> bool` of a key path as in `jax.tree.map_with_path`. The
             others are frozen: they cost nothing, may be of any type (integers, keys,
@@ -183,8 +183,8 @@ def value_grad_and_variance(
 
     Raises:
         TypeError: If the loss of one example is not a real scalar; if a trainable leaf
-            is not a floating-point or complex array, which the message names by its
-            path; if `trainable` holds or returns something else than bools.
+            is not a floating-point or complex array (the message gives its path); if
+            `trainable` holds or returns anything but bools.
         ValueError: If batch leaves disagree on their length, have none or are fewer
             than two; if `weights` are negative or leave fewer than two examples.
             Traced weights cannot be checked: where fewer than two of them are
@@ -199,7 +199,7 @@ def value_grad_and_variance(
             read off the program while it is traced; neither finds every such loss.
 
     Edge cases:
-        - None in `params` is no leaf: it stays None in gradient and variance.
+        - None in `params` is not a leaf: it is None in gradient and variance.
         - A batched loss that is a sum, or that divides by a total over the batch (of
           mask entries, say), differs from the mean of its values on single examples,
           and only the latter is computed; `weights` expresses the division.
@@ -212,8 +212,8 @@ def value_grad_and_variance(
         layers and in products per example where the examples' gradients differ by less
         than about 1e-3 of their size in float32; the difference is clamped at zero.
         The relative variance ŝ/g² is then wrong by no more than some 1e-6/|B|, which
-        no variance adaptation notices. Stored gradients and table rows always use
-        deviations.
+        no variance adaptation notices. Stored gradients of up to 65 536 elements, and
+        rows of a table that is an embedding only, always use deviations.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -254,7 +254,7 @@ def explain_variance(
     batched: bool = False,
     trainable: Trainable = None,
 ) -> Callable[..., VarianceReport]:
-    """The way that `value_grad_and_variance` takes for each parameter, and its cost.
+    """How `value_grad_and_variance` computes each parameter's variance, and its cost.
 
     Args:
         loss: As for `value_grad_and_variance`.

@@ -93,7 +93,7 @@ class Patches:
 
 @dataclasses.dataclass(frozen=True)
 class KernelEntries:
-    """What each window of `Patches` is multiplied with.
+    """The factor of each window of `Patches`.
 
     [out feature, feature, *space] in the order `spec` becomes [entries, groups, out].
     """
@@ -128,7 +128,7 @@ class Dimensions:
             (self.left_shared, self.right_shared),
         )
 
-    def behind(self, axes: int) -> "Dimensions":
+    def after(self, axes: int) -> "Dimensions":
         """The same after some more axes at the front, which are summed over."""
         leading = tuple(range(axes))
         left, right, left_shared, right_shared = (
@@ -286,7 +286,7 @@ class Contraction(Term):
         return jax.lax.dot_general(
             left,
             right,
-            self.dimensions.behind(leading).numbers,
+            self.dimensions.after(leading).numbers,
             precision=self.precision if precision is None else precision,
             preferred_element_type=dtype,
         )
@@ -399,7 +399,7 @@ class Contraction(Term):
 
     @property
     def layout(self) -> Hashable:
-        """What two products must share to be computed as one."""
+        """Key of the products that can be computed as one."""
         factors = tuple((f.shape, str(f.dtype)) for f in self.factors)
         views = (self.left_view, self.right_view)
         return (factors, views, self.dimensions, str(self.precision))

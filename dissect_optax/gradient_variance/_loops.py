@@ -169,7 +169,7 @@ class _SplitLoop:
     sums: dict[int, list[Term]]
     """For each carry that leaves the loop: the terms that the steps add to it."""
     rests: dict[int, list[Atom]]
-    """What stays in such a carry: the same for all examples."""
+    """For such a carry: increments that are the same for all examples."""
     stacks: dict[int, Term]
     """For each stacked output that is made of products after the loop: its term."""
     taken: dict[int, Term]
@@ -219,7 +219,7 @@ def _split_loop(
 
 
 def _increments(jaxpr: Jaxpr, index: int, old: Var) -> list[Atom]:
-    """What a step adds to a carry; empty where it does anything else with it."""
+    """Increments of a carry in a step; empty if a step does anything else with it."""
     produced_by = {v: equation for equation in jaxpr.eqns for v in equation.outvars}
     uses = Counter(v for equation in jaxpr.eqns for v in variables(equation))
     uses.update(v for v in jaxpr.outvars if isinstance(v, Var))

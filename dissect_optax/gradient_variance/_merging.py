@@ -17,7 +17,6 @@ from dissect_optax import _formulas
 from dissect_optax.gradient_variance._plan import Summary
 
 # ---- Micro-batches and mapped axes -------------------------------------------------
-# ---- Merging -----------------------------------------------------------------------
 
 
 def in_microbatches(
@@ -65,7 +64,7 @@ def _after_first(leaf: jax.Array) -> jax.Array:
 
 
 def _from(leaf: jax.Array, start: int) -> jax.Array:
-    """What is left after the full microbatches."""
+    """The examples after the full microbatches."""
     return leaf[start:]
 
 

@@ -1,10 +1,10 @@
 """The loss and gradient of one example as a flat jaxpr, and the values in it.
 
 `trace` records a function and replaces every call (jit, remat) by the equations that it
-calls. What remat protects from being stored stays protected: its inputs pass through
-the same optimization barrier that JAX itself would put there. `select` gives the part
-of a program that certain values need, dead code removed. Custom differentiation rules
-have done their work before.
+calls. Values that remat protects from being stored remain protected: its inputs pass
+through the optimization barrier that JAX itself would put there. `select` gives the
+part of a program that certain values need, dead code removed. Custom differentiation
+rules have done their work before.
 
 A `Source` is a small value that exists once per example: a variable of the program, or
 a `Derived` one, a function of others that the program did not compute itself.

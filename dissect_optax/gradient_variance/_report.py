@@ -13,8 +13,9 @@ class VarianceRoute(NamedTuple):
     parameter: str
     """Path of the parameter in its tree."""
     shape: tuple[int, ...]
+    """Shape of the parameter."""
     routes: tuple[str, ...]
-    """What the gradient is made of; several entries for a sum or a concatenation."""
+    """Terms of the gradient; several entries for a sum or a concatenation."""
     operations: int
     """Floating-point operations beyond those of the plain gradient."""
     numbers: int

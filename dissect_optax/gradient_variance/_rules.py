@@ -1200,7 +1200,7 @@ def _others_are_constant(walk: "Walk", equation: JaxprEqn, operand: int) -> bool
 # c ys = scan[jaxpr=… length=…] consts c xs
 @rule("scan", knows=tuple(SCAN_PARAMETERS))
 def _scan(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
-    """A sum over steps, or a stack: asks for the factors behind it."""
+    """A sum over steps, or a stack: asks for its factors."""
     loop = loop_of(equation)
     if loop is None:
         return None
@@ -1214,7 +1214,7 @@ def _scan(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
 # b = cond[branches=…] index operands
 @rule("cond", knows=("branches", "linear"))
 def _cond(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
-    """One of several terms: asks for the factors behind them."""
+    """One of several terms: asks for their factors."""
     walk.request(equation, output)
     return None
 
@@ -1266,7 +1266,7 @@ def added(terms: list[Term]) -> Term:
 
 
 def _layout(term: Term) -> object:
-    """What two terms must share to be added inside."""
+    """Key of the terms that can be added inside."""
     if isinstance(term, Contraction | TableRows):
         return (type(term), term.layout)
     if isinstance(term, Reindexed):

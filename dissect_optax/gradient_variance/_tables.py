@@ -61,7 +61,7 @@ class TableRows(Term):
 
     @property
     def layout(self) -> Hashable:
-        """What two sets of rows must share to be looked up as one."""
+        """Key of the sets of rows that can be looked up as one."""
         return (self.table_shape, self.axes)
 
     @property

@@ -1,4 +1,4 @@
-"""What the gradient of one example is made of, and its mean and spread over a batch.
+"""Terms of the gradient of one example, and their mean and spread over a batch.
 
 A gradient is a tree of terms. At its ends stand values that the program computes for
 every example; between them stand only linear operations that do not depend on the
