@@ -409,14 +409,9 @@ def _fixed_values(
         return {}
     needed = leaves(fixed)
     jaxpr = split.body.jaxpr
-    # What changes is not read, so any value will do.
-    inputs = [
-        operand if i < loop.consts else jnp.zeros(shape_of(v), dtype_of(v))
-        for i, (operand, v) in enumerate(
-            zip([*operands, None], jaxpr.invars, strict=True)
-        )
-    ]
-    values = select(split.body, needed)(*inputs)
+    # What changes is not read.
+    unread = [None] * (len(jaxpr.invars) - loop.consts)
+    values = select(split.body, needed)(*operands[: loop.consts], *unread)
     environment = dict(zip(needed, values, strict=True))
     return {v: evaluate(v, environment) for v in dict.fromkeys(fixed)}
 

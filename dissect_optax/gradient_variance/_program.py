@@ -247,9 +247,9 @@ def known_value(program: ClosedJaxpr, atom: Atom) -> np.ndarray | None:
     traced = any(isinstance(constants.get(v), jax.core.Tracer) for v in used)
     if traced or any(v in used for v in live.jaxpr.invars):
         return None
-    inputs = [np.zeros(shape_of(v), dtype_of(v)) for v in live.jaxpr.invars]
+    unread = [None] * len(live.jaxpr.invars)
     with jax.ensure_compile_time_eval():
-        (value,) = jax.core.eval_jaxpr(live.jaxpr, live.consts, *inputs)
+        (value,) = jax.core.eval_jaxpr(live.jaxpr, live.consts, *unread)
         return np.asarray(value)
 
 

@@ -200,7 +200,8 @@ class Materialized(Term):
     def moments(self, batch: Batch) -> Moments:
         if self.size > SMALL_SIZE:
             return moments_by_example(self, batch)
-        values = self.value(batch.values, batch.precision)
+        # A loop may find that it is the same for all examples after all.
+        values = widened(batch.for_every_example(self.source))
         mean = _average(values, batch.shares)
         deviations = _formulas.squared_magnitude(values - mean[None])
         return mean, batch.scaled(_average(deviations, batch.shares))
@@ -708,7 +709,7 @@ def _chunk_sums(
     """Weighted sums over the examples of one chunk."""
     values, shares = chunk
     evaluate = functools.partial(_value, term, batch, names)
-    gradients = jax.vmap(evaluate)(values)
+    gradients = jax.vmap(evaluate, axis_size=shares.size)(values)
     total: Any = 0.0
     squares: Any = 0.0
     # Written out, because a reduction over the leading axis is some fifty times slower

@@ -142,7 +142,65 @@ def permuted_complex():
     return permuted_complex_loss, params, normal(5, 3)
 
 
+def keys_in_a_loop_loss(params, example):
+    xs, key = example
+
+    def step(carry, x):
+        h, key = carry
+        key, own = jax.random.split(key)
+        h = jnp.where(jax.random.bernoulli(own, 0.7, (4,)), h, 0.0)
+        w = (params * jnp.arange(1.0, 17.0).reshape(4, 4))[np.asarray([1, 0, 3, 2])]
+        return (jnp.tanh(h @ w + x), key), None
+
+    (h, _), _ = jax.lax.scan(step, (jnp.ones(4), key), xs)
+    return jnp.square(h).sum()
+
+
+def keys_in_a_loop():
+    batch = (normal(5, 3, 4), jax.random.split(jax.random.key(0), 5))
+    return keys_in_a_loop_loss, normal(4, 4), batch
+
+
+def penalty_in_a_condition_loss(params, x):
+    """A gradient that only the loop's batching finds to be the same for all."""
+
+    def one(w, h):
+        return jnp.tanh(h), jnp.square(w).sum()
+
+    def other(w, h):
+        return 2 * h, jnp.sin(w).sum()
+
+    def layer(h, w):
+        first, second = jnp.split(w, 2)
+        h, penalty = jax.lax.cond(params[0, 0, 0] > 0, one, other, first, h)
+        return jnp.tanh(h[:2] @ second + h[2]), penalty
+
+    h, penalties = jax.lax.scan(layer, x, params)
+    return jnp.square(h).sum() + penalties.sum()
+
+
+def penalty_in_a_condition():
+    return penalty_in_a_condition_loss, normal(3, 4, 4), normal(5, 4)
+
+
+def large_penalty_in_a_condition():
+    def loss(params, x):
+        def layer(h, w):
+            one, other = (
+                lambda w, h, f=f: (f(h), f(w).sum()) for f in (jnp.sin, jnp.cos)
+            )
+            return jax.lax.cond(params[0, 0, 0] > 0, one, other, w, h)
+
+        h, penalties = jax.lax.scan(layer, x, params)
+        return jnp.square(h).sum() + penalties.sum()
+
+    return loss, normal(2, 300, 300), normal(3, 4)
+
+
 FORMS = (
+    keys_in_a_loop,
+    penalty_in_a_condition,
+    large_penalty_in_a_condition,
     hidden_division,
     no_tokens,
     no_channels,
