@@ -46,6 +46,8 @@ from dissect_optax._sources import (
 
 if TYPE_CHECKING:
     from dissect_optax.gradient_variance import (
+        VarianceMemory,
+        VarianceReport,
         VarianceRoute,
         explain_variance,
         value_grad_and_variance,
@@ -58,7 +60,9 @@ __all__ = [  # noqa: RUF022
     # A batch gives a gradient and its variance,
     "value_grad_and_variance",
     "explain_variance",
+    "VarianceReport",
     "VarianceRoute",
+    "VarianceMemory",
     # a gradient becomes an Estimate,
     "Estimate",
     "moving_average_estimate",
@@ -98,6 +102,8 @@ __all__ = [  # noqa: RUF022
 
 # They need `jax.extend`, whose import takes longer than all the rest of the library.
 _IMPORTED_WHEN_USED = (
+    "VarianceMemory",
+    "VarianceReport",
     "VarianceRoute",
     "explain_variance",
     "value_grad_and_variance",

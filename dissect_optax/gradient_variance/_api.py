@@ -1,15 +1,17 @@
-"""The gradient of a mini-batch together with its variance, Eq. (44) of the paper.
+"""The public functions: a gradient with its variance, and how it is computed.
 
-The loss of one example is traced with its gradient (`_program`); every
-gradient is followed back to the small factors that it is a product of
-(`_rules`); the program that computes the factors is mapped over the batch, and
-mean and variance are taken from the factors (`_terms`).
+The loss of one example is traced with its gradient (`_program`); every gradient is
+followed back (`_walk`) to the terms that it is made of (`_terms`), by one rule for each
+primitive (`_rules`), out of loops too (`_loops`); the program that computes the factors
+of these terms is mapped over the batch, and their mean and variance are taken
+(`_plan`); micro-batches and mapped axes are merged (`_merging`).
 """
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,30 +39,14 @@ from dissect_optax.gradient_variance._plan import (
     variance_factor,
 )
 from dissect_optax.gradient_variance._program import dtype_of
+from dissect_optax.gradient_variance._report import (
+    VarianceReport,
+    VarianceRoute,
+    warn_of_stored,
+)
+from dissect_optax.gradient_variance._terms import stored_parts
 
 PyTree = Any
-
-
-class VarianceRoute(NamedTuple):
-    """How the variance of one parameter's gradient is computed, and what it costs."""
-
-    parameter: str
-    """Path of the parameter in its tree."""
-    shape: tuple[int, ...]
-    """Shape of the parameter."""
-    routes: tuple[str, ...]
-    """Terms of the gradient; several entries for a sum or a concatenation."""
-    operations: int
-    """Floating-point operations beyond those of the plain gradient."""
-    numbers: int
-    """Array elements held beyond the plain gradient's own and the two results."""
-
-    def __str__(self) -> str:
-        """One line of a report."""
-        return (
-            f"{self.parameter} {list(self.shape)}: {', '.join(self.routes)}; "
-            f"{self.operations:.1e} operations, {self.numbers:.1e} numbers"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +253,7 @@ def explain_variance(
     has_aux: bool = False,
     batched: bool = False,
     trainable: Trainable = None,
-) -> Callable[..., list[VarianceRoute]]:
+) -> Callable[..., VarianceReport]:
     """How `value_grad_and_variance` computes each parameter's variance, and its cost.
 
     Args:
@@ -278,19 +264,27 @@ def explain_variance(
 
     Returns:
         A function of `(params, batch, *shared)` that computes nothing, so that shapes
-        (`jax.ShapeDtypeStruct`) will do. It returns a `VarianceRoute` for each
-        trainable parameter; `routes` names what was found:
+        (`jax.ShapeDtypeStruct`) will do. It returns a list with a `VarianceRoute` for
+        each trainable parameter; `routes` names what was found:
 
-        - ``outer product``, ``2 outer products``: one more matrix product;
+        - ``outer product``: one more matrix product;
+        - ``2 outer products``: a few, with one product for each pair of them;
         - ``product per example``: gradients of a few examples at a time;
-        - ``gradients by example``: the same after a further linear operation;
         - ``table rows``: rows that were looked up, added by example;
         - ``stored gradients``: one gradient per example, side by side;
+        - ``gradients by example``: the same for a few examples at a time, after an
+          operation that mixes elements;
         - ``the same for all examples``: no variance;
-        - ``sum of …``: parts that overlap, by their cross products where these are
-          cheap, else added for a few examples at a time.
+        - ``sum of …``: what overlaps, by products of their factors where these are
+          small, else for a few examples at a time.
 
-        In brackets stands the JAX primitive that it was found at.
+        In brackets stands the JAX primitive that it was found at. The list's `memory()`
+        compiles the whole program and the plain gradient, and returns the temporary
+        memory of both.
+
+    Warns:
+        UserWarning: If the gradients of a parameter of 65 536 elements or more are
+            stored for every example.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -301,6 +295,9 @@ def explain_variance(
         >>> report = explain_variance(loss)(params, shape((128, 784), jnp.float32))
         >>> report[0].routes
         ('outer product (dot_general)',)
+        >>> memory = report.memory()
+        >>> memory.with_variance < memory.plain + 2 * 4 * 784 * 100
+        True
     """
     return functools.partial(
         _explain_variance, _Loss(loss, has_aux, batched), trainable
@@ -309,37 +306,81 @@ def explain_variance(
 
 def _explain_variance(
     loss: _Loss, trainable: Trainable, params: PyTree, batch: PyTree, *shared: Any
-) -> list[VarianceRoute]:
+) -> VarianceReport:
     """The report of `explain_variance`; arguments may be shapes."""
     size = _batch_size(batch)
     selection = select_parameters(params, trainable)
     # What the loss closes over must be arrays for it, so shapes become tracers.
     others, tree = jax.tree.flatten((selection.frozen, shared))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in others]
-    plans = []
+    arrays = [leaf for leaf, known in zip(others, is_array, strict=True) if known]
 
-    def make_plan(arrays: list[jax.Array]) -> None:
+    def with_arrays(arrays: list[jax.Array]) -> tuple[list[Any], tuple[Any, ...]]:
         given = iter(arrays)
         leaves = [
             next(given) if known else leaf
             for leaf, known in zip(others, is_array, strict=True)
         ]
         frozen, shared = jax.tree.unflatten(tree, leaves)
+        return frozen, shared
+
+    plans = []
+
+    def make_plan(arrays: list[jax.Array]) -> None:
+        frozen, shared = with_arrays(arrays)
         plans.append(_plan(loss, selection, frozen, batch, shared))
 
-    jax.eval_shape(
-        make_plan, [leaf for leaf, known in zip(others, is_array, strict=True) if known]
-    )
-    return [
-        VarianceRoute(
-            path,
-            term.shape,
-            term.routes,
-            term.extra_operations(size),
-            term.extra_memory(size),
+    jax.eval_shape(make_plan, arrays)
+
+    def mean_loss(
+        leaves: list[Any], arrays: list[jax.Array], batch: PyTree
+    ) -> jax.Array:
+        frozen, shared = with_arrays(arrays)
+        one = functools.partial(loss.of_one, selection.full(leaves, frozen))
+        values, _ = jax.vmap(lambda example: one(example, shared))(batch)
+        return values.mean()
+
+    def measured(leaves: list[Any], arrays: list[jax.Array], batch: PyTree) -> Any:
+        frozen, shared = with_arrays(arrays)
+        full = selection.full(leaves, frozen)
+        # Examples that mix were warned of before.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _value_grad_and_variance(
+                loss,
+                selection.results([True] * len(leaves), False),
+                None,
+                None,
+                False,
+                None,
+                None,
+                full,
+                batch,
+                *shared,
+            )
+
+    def lowered() -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        arguments = (selection.trainable, arrays, batch)
+        return (
+            jax.jit(jax.value_and_grad(mean_loss)).lower(*arguments),
+            jax.jit(measured).lower(*arguments),
         )
-        for path, term in zip(selection.trainable_paths, plans[0].terms, strict=True)
-    ]
+
+    routes = []
+    for path, term in zip(selection.trainable_paths, plans[0].terms, strict=True):
+        reasons = stored_parts(term)
+        if reasons:
+            warn_of_stored(path, term.size, size, reasons)
+        routes.append(
+            VarianceRoute(
+                path,
+                term.shape,
+                term.routes,
+                term.extra_operations(size),
+                term.extra_memory(size),
+            )
+        )
+    return VarianceReport(routes, lowered)
 
 
 def _value_grad_and_variance(

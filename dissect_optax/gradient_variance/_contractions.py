@@ -414,8 +414,11 @@ class Contraction(Term):
 
 
 def is_worth_crossing(depth: int) -> bool:
-    """Whether all products of two of `depth` outer products cost less than chunks."""
-    return depth * (depth + 1) // 2 <= depth + CROSS_TERMS_WORTH
+    """Whether all products of two of `depth` outer products cost less than chunks.
+
+    Not without any product (an axis of length zero): there are no pairs then.
+    """
+    return 0 < depth * (depth + 1) // 2 <= depth + CROSS_TERMS_WORTH
 
 
 def cross_mean(
@@ -513,7 +516,7 @@ def _matrix(
         factor = factor.transpose(order)
         inner = factor.shape[more + len(summed) : more + len(summed) + len(shared)]
         columns = math.prod(factor.shape[factor.ndim - len(free) :]) if free else 1
-        rows = factor.size // max(1, columns * math.prod(inner))
+        rows = math.prod(factor.shape[: more + len(summed)])
         return factor.reshape(rows, *inner, columns)
 
     stacks = [batch.for_every_example(v) for v in sources]
@@ -562,13 +565,16 @@ class KernelGradient(Elementwise):
     def total(self, stacks: Mapping[Any, Any], precision: Any) -> jax.Array:
         # The axis that the convolution sums over has room for all steps.
         numbers = self.equation.params["dimension_numbers"]
+        # A factor that was scaled or cast has another dtype than in the program.
+        params = {**self.equation.params, "preferred_element_type": self.dtype}
+        equation = self.equation.replace(params=params)
         total: Any = 0
         for image, kernel in zip(self.term.left, self.term.right, strict=True):
-            operands = (
-                _steps_in_axis(stacks[image], numbers.lhs_spec[1]),
-                _steps_in_axis(stacks[kernel], numbers.rhs_spec[1]),
-            )
-            total = total + run_equation(self.equation, *operands)[0]
+            left = _steps_in_axis(stacks[image], numbers.lhs_spec[1])
+            right = _steps_in_axis(stacks[kernel], numbers.rhs_spec[1])
+            if left.dtype != right.dtype:
+                left, right = left.astype(self.dtype), right.astype(self.dtype)
+            total = total + run_equation(equation, left, right)[0]
         return total
 
     def moments(self, batch: Batch) -> Moments:

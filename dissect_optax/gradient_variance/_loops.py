@@ -564,6 +564,8 @@ def _chooses_by_example(walk: Walk, equation: JaxprEqn) -> bool:
     """Whether an equation is a condition of which examples take different branches."""
     if equation.primitive.name != "cond" or equation.effects:
         return False
+    if not _rules.RULES["cond"].recognises(equation):
+        return False
     return not walk.is_constant(equation.invars[0])
 
 
@@ -632,7 +634,9 @@ def _kind(term: Term) -> Hashable:
     if isinstance(term, KernelGradient | Reindexed):
         return (type(term), term.key, _kind(term.term), shapes)
     if isinstance(term, Scaled):
-        return (type(term), term.kind, _kind(term.term), shapes)
+        # A literal is not among the sources, which each branch brings.
+        literal = isinstance(term.factor, Literal) and str(term.factor)
+        return (type(term), term.kind, literal, _kind(term.term), shapes)
     if isinstance(term, Several):
         axis = getattr(term, "axis", None)
         return (type(term), axis, *map(_kind, term.terms), shapes)

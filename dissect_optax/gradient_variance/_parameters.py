@@ -41,9 +41,9 @@ class Selection:
         parts = {True: iter(trainable), False: iter(frozen)}
         return jax.tree.unflatten(self.tree, [next(parts[t]) for t in self.chosen])
 
-    def results(self, values: list[Any]) -> PyTree:
-        """A tree of one value per trainable leaf, and None for the frozen ones."""
-        return self.full(values, [None] * self.chosen.count(False))
+    def results(self, values: list[Any], frozen: Any = None) -> PyTree:
+        """A tree of one value per trainable leaf, and `frozen` for the others."""
+        return self.full(values, [frozen] * self.chosen.count(False))
 
 
 def select_parameters(params: PyTree, trainable: Trainable) -> Selection:

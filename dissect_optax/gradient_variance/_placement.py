@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from dissect_optax.gradient_variance._program import Source, run_equation, shape_of
+from dissect_optax.gradient_variance._program import (
+    Source,
+    read,
+    run_equation,
+    shape_of,
+)
 from dissect_optax.gradient_variance._terms import (
     Batch,
     Elementwise,
@@ -88,17 +93,20 @@ class Moved(Elementwise):
     def _move(self, elements: jax.Array, environment: Mapping[Any, Any]) -> jax.Array:
         """The elements where the equation puts them, or takes them from."""
         inputs = self.equation.invars
-        values: dict[int, Any] = {0: elements}
         if self._scatters:
-            values = {0: jnp.zeros(self.shape, elements.dtype), 2: elements}
-        operands = [
-            values[i] if i in values else environment[v]
-            for i, v in enumerate(inputs)
-            if i in values or isinstance(v, Var)
-        ]
-        if self._scatters and isinstance(inputs[0], Literal):
-            operands = operands[1:]
-        return run_equation(self.equation, *operands)[0]
+            # Not by the equation, which holds an addition of its own dtype.
+            params = self.equation.params
+            return jax.lax.scatter_add(
+                jnp.zeros(self.shape, elements.dtype),
+                read(inputs[1], environment),
+                elements,
+                params["dimension_numbers"],
+                indices_are_sorted=params["indices_are_sorted"],
+                unique_indices=params["unique_indices"],
+                mode=params["mode"],
+            )
+        operands = [environment[v] for v in inputs[1:] if isinstance(v, Var)]
+        return run_equation(self.equation, elements, *operands)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,8 +141,8 @@ class Placed(Elementwise):
         count = parts.shape[0]
         starts = [
             jnp.broadcast_to(
-                jnp.asarray(s.val if isinstance(s, Literal) else stacks[s]), (count,)
-            ).astype(jnp.int32)
+                saturated(s.val if isinstance(s, Literal) else stacks[s]), (count,)
+            )
             for s in self.starts
         ]
         rank = len(self.table_shape)
@@ -170,6 +178,14 @@ class Placed(Elementwise):
         ]
         table = jnp.zeros(self.table_shape, part.dtype)
         return jax.lax.dynamic_update_slice(table, part, starts)
+
+
+def saturated(indices: jax.typing.ArrayLike) -> jax.Array:
+    """Indices as int32; what is out of its range stays beyond every table."""
+    indices = jnp.asarray(indices)
+    limits = jnp.iinfo(indices.dtype)
+    low, high = max(limits.min, -1), min(limits.max, 2**31 - 1)
+    return jnp.clip(indices, low, high).astype(jnp.int32)
 
 
 def windows_are_disjoint(

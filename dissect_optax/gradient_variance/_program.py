@@ -107,6 +107,20 @@ def abstract(source: Source) -> jax.ShapeDtypeStruct:
 # ---- Reading a jaxpr -----------------------------------------------------------------
 
 
+SCAN_PARAMETERS = {
+    "jaxpr",
+    "length",
+    "reverse",
+    "unroll",
+    "num_consts",
+    "num_carry",
+    "linear",
+    "ft_in",
+    "ft_out",
+    "_split_transpose",
+}
+
+
 class Loop(NamedTuple):
     """The parts of a `lax.scan` in a jaxpr."""
 
@@ -120,9 +134,9 @@ class Loop(NamedTuple):
 
 def loop_of(equation: JaxprEqn) -> Loop | None:
     """The parts of a scan; nothing for a form that is not known."""
-    if equation.primitive.name != "scan":
-        return None
     params = equation.params
+    if equation.primitive.name != "scan" or not set(params) <= SCAN_PARAMETERS:
+        return None
     try:
         if "num_carry" in params:
             counts = params["num_consts"], params["num_carry"]

@@ -32,9 +32,11 @@ from dissect_optax.gradient_variance._placement import (
     Moved,
     Placed,
     Repetition,
+    saturated,
     windows_are_disjoint,
 )
 from dissect_optax.gradient_variance._program import (
+    SCAN_PARAMETERS,
     Atom,
     Derived,
     Source,
@@ -374,6 +376,9 @@ def _scaled_inside(
         assert isinstance(inner, Contraction)
         return dataclasses.replace(term, term=inner)
     if isinstance(term, Scaled):
+        if kind in ("select", "deselect") and term.kind != "select":
+            # The mask may hide elements that the scale makes infinite: it comes last.
+            return None
         inner = _scaled_inside(term.term, value, places, kind)
         return None if inner is None else dataclasses.replace(term, term=inner)
     if isinstance(term, Reindexed) and not places:
@@ -1010,7 +1015,7 @@ def _scattered(walk: "Walk", equation: JaxprEqn) -> Term | None:
 
 def _flat_indices(sizes: tuple[int, ...], clips: bool, indices: jax.Array) -> jax.Array:
     """Indices [..., axes] as one index [T]; beyond all rows where it is dropped."""
-    indices = indices.reshape(-1, len(sizes)).astype(jnp.int32)
+    indices = saturated(indices.reshape(-1, len(sizes)))
     bounds = jnp.asarray(sizes, jnp.int32)[None]
     if clips:
         indices = jnp.clip(indices, 0, bounds - 1)
@@ -1086,9 +1091,8 @@ def _window_indices(
     """Flat indices [T] of a window that is moved inside the table."""
     flat = jnp.zeros([1], jnp.int32)
     for size, width, start in zip(sizes, window, starts, strict=True):
-        start = jnp.asarray(start)
-        # As in Python, negative starts count from the end; XLA clamps afterwards.
-        first = jnp.clip(start.astype(jnp.int32), 0, size - width)
+        # Negative starts have been counted from the end before; XLA clamps them.
+        first = jnp.clip(saturated(start), 0, size - width)
         along = first + jnp.arange(width, dtype=jnp.int32)
         flat = (flat[:, None] * size + along[None]).reshape(-1)
     return flat
@@ -1112,8 +1116,8 @@ def _spread_by_one_hot(
     axis: int, size: int, factor: jax.Array, start: jax.Array
 ) -> jax.Array:
     """A factor whose axis of size one becomes the axis of the rows."""
-    row = jnp.clip(start, 0, size - 1)
-    hot = (jnp.arange(size) == row).reshape(
+    row = jnp.clip(saturated(start), 0, size - 1)
+    hot = (jnp.arange(size, dtype=jnp.int32) == row).reshape(
         [size if a == axis else 1 for a in range(factor.ndim)]
     )
     return jnp.where(hot, factor, jnp.zeros((), factor.dtype))
@@ -1194,21 +1198,7 @@ def _others_are_constant(walk: "Walk", equation: JaxprEqn, operand: int) -> bool
 
 
 # c ys = scan[jaxpr=… length=…] consts c xs
-@rule(
-    "scan",
-    knows=(
-        "jaxpr",
-        "length",
-        "reverse",
-        "unroll",
-        "num_consts",
-        "num_carry",
-        "linear",
-        "ft_in",
-        "ft_out",
-        "_split_transpose",
-    ),
-)
+@rule("scan", knows=tuple(SCAN_PARAMETERS))
 def _scan(walk: "Walk", equation: JaxprEqn, output: int) -> Term | None:
     """A sum over steps, or a stack: asks for its factors."""
     loop = loop_of(equation)

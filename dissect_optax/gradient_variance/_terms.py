@@ -738,6 +738,19 @@ def _average(values: jax.Array, shares: jax.Array) -> jax.Array:
     )
 
 
+def stored_parts(term: Term) -> tuple[str, ...]:
+    """Routes of what is stored for every example at the size of the whole term."""
+    if isinstance(term, Materialized):
+        return term.routes
+    if isinstance(term, Several):
+        return tuple(
+            r for t in term.terms if t.size == term.size for r in stored_parts(t)
+        )
+    if isinstance(term, Elementwise) and term.term.size == term.size:
+        return stored_parts(term.term)
+    return ()
+
+
 def reindexed(term: Term, equation: JaxprEqn, output: int) -> Reindexed:
     """A term moved by an equation of one operand; `pad` pads with zeros."""
     name, params = equation.primitive.name, equation.params

@@ -30,7 +30,7 @@ class NnxNetwork(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
         self.norm = nnx.LayerNorm(8, rngs=rngs)
-        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.embed = nnx.Embed(11, 8, dtype=jnp.result_type(float), rngs=rngs)
         self.dense = nnx.Linear(100, 8, rngs=rngs)
         self.out = nnx.Linear(8, 3, rngs=rngs)
 

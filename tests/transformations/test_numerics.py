@@ -508,7 +508,7 @@ def test_an_alternating_stream_that_cancels_is_right_to_two_percent(decay):
 def test_no_sign_method_steps_along_what_is_left_of_an_average(
     make: Any, size: float
 ) -> None:
-    """The variance underflows before the mean: the rest looked like a sure direction."""
+    """The variance underflows before the mean; the rest looked like a direction."""
     gradients = np.zeros((1300, 3), np.float32)
     gradients[:50] = size * (1 + 0.1 * stream(16, (3,), steps=50))
     variances = np.square(gradients) if make is do.adam_star_mb else None
