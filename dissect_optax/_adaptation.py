@@ -168,11 +168,10 @@ def _adapt(factor: Factor, p: jax.Array, s: jax.Array) -> jax.Array:
     return _formulas.adapted(factor(_formulas.relative_variance(p, s)), p)
 
 
-# `inverse` and `inverse_sqrt` are 1/(1+η²) and its root, and 1/(1+η²) = p²/(p²+s) takes
-# one division where 1/(1+s/p²) takes two. In place of 1/√(1+η²) XLA's loops on a CPU also
-# compute an inverse root, in twenty instructions that follow on each other, where a root
-# is one. Together a step of `adam` is a quarter longer then, for its loop no longer keeps
-# up with the memory.
+# `inverse` and `inverse_sqrt` are 1/(1+η²) and its root. 1/(1+η²) = p²/(p²+s) takes one
+# division where 1/(1+s/p²) takes two, and XLA on a CPU turns 1/√(1+η²) into an inverse
+# root, twenty instructions that wait for each other, where a root is one. It is the last
+# loop of a step that has to keep up with the memory.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -393,7 +393,9 @@ def inverse_of_one_plus_eta2(mean: jax.Array, variance: jax.Array) -> jax.Array:
     """
     limits = jnp.finfo(variance.dtype)
     square = jnp.clip(squared_magnitude(mean), limits.tiny, limits.max)
-    return square / jnp.maximum(square + variance, limits.eps * square)
+    total = square + variance
+    lowest = total < limits.eps * square
+    return jnp.where(lowest, 1 / limits.eps, square / total)
 
 
 @jax.custom_jvp
