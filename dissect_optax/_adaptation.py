@@ -170,8 +170,8 @@ def _adapt(factor: Factor, p: jax.Array, s: jax.Array) -> jax.Array:
 
 # `inverse` and `inverse_sqrt` are 1/(1+η²) and its root. 1/(1+η²) = p²/(p²+s) takes one
 # division where 1/(1+s/p²) takes two, and XLA on a CPU turns 1/√(1+η²) into an inverse
-# root, twenty instructions that wait for each other, where a root is one. It is the last
-# loop of a step that has to keep up with the memory.
+# root, twenty instructions that wait for each other, where a root is one. This is in
+# the last loop of a step, which has to keep up with the memory.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
