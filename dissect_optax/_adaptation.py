@@ -4,6 +4,7 @@ A factor is a plain function γ(η²) of the relative variance η² = s/p² of t
 Eq. (7). Three are given here; any element-wise function does.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -151,10 +152,41 @@ def adapt_to_variance(
         del params, extra_args
         estimate = require_estimate(updates, "adapt_to_variance")
 
-        def adapt(p: jax.Array, s: jax.Array) -> jax.Array:
-            return _formulas.adapted(factor(_formulas.relative_variance(p, s)), p)
-
-        adapted = jax.tree.map(adapt, estimate.mean, estimate.variance)
+        # Not `in`, which would compare with a factor of any type.
+        one_division = factor is inverse or factor is inverse_sqrt
+        adapt = _adapt_with_one_division if one_division else _adapt
+        adapted = jax.tree.map(
+            functools.partial(adapt, factor), estimate.mean, estimate.variance
+        )
         return in_gradient_dtype(adapted, estimate.dtypes), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def _adapt(factor: Factor, p: jax.Array, s: jax.Array) -> jax.Array:
+    """γ(η²) ⊙ p for any factor."""
+    return _formulas.adapted(factor(_formulas.relative_variance(p, s)), p)
+
+
+# `inverse` and `inverse_sqrt` are 1/(1+η²) and its root. 1/(1+η²) = p²/(p²+s) takes one
+# division where 1/(1+s/p²) takes two, and XLA on a CPU turns 1/√(1+η²) into an inverse
+# root, twenty instructions that wait for each other, where a root is one. This is in
+# the last loop of a step, which has to keep up with the memory.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _adapt_with_one_division(factor: Factor, p: jax.Array, s: jax.Array) -> jax.Array:
+    """γ(η²) ⊙ p for `inverse` and `inverse_sqrt`."""
+    gamma = _formulas.inverse_of_one_plus_eta2(p, s)
+    if factor is inverse_sqrt:
+        gamma = jnp.sqrt(gamma)
+    return _formulas.adapted(gamma, p)
+
+
+@_adapt_with_one_division.defjvp
+def _adapt_with_one_division_jvp(
+    factor: Factor, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The tangent of `_adapt`, which is finite also where the root is zero."""
+    _, tangent = jax.jvp(functools.partial(_adapt, factor), primals, tangents)
+    return _adapt_with_one_division(factor, *primals), tangent

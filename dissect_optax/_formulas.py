@@ -386,6 +386,18 @@ def _relative_variance_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
     return eta2, jnp.where(varies, tangent, 0.0)
 
 
+def inverse_of_one_plus_eta2(mean: jax.Array, variance: jax.Array) -> jax.Array:
+    """1/(1+η²) as p²/(p²+s), in one division; with the limits of `relative_variance`.
+
+    Its derivative is not finite everywhere.
+    """
+    limits = jnp.finfo(variance.dtype)
+    square = jnp.clip(squared_magnitude(mean), limits.tiny, limits.max)
+    total = square + variance
+    lowest = total < limits.eps * square
+    return jnp.where(lowest, 1 / limits.eps, square / total)
+
+
 @jax.custom_jvp
 def variance_of_rescaled(
     mean: jax.Array, variance: jax.Array, rescaled: jax.Array

@@ -84,6 +84,83 @@ def test_sign_does_not_change_the_factor() -> None:
 # ---- The factors --------------------------------------------------------------------
 
 
+ADAPTED_BY_ONE_DIVISION = pytest.mark.parametrize(
+    "factor", [do.inverse, do.inverse_sqrt]
+)
+
+
+def by_eta2(factor: Factor) -> Factor:
+    """The same factor as one of your own, which is computed from η²."""
+    return lambda eta2: factor(eta2)
+
+
+def pairs_of_every_size() -> tuple[np.ndarray, np.ndarray]:
+    """Directions from below the floor up, with η² from -0.9 to beyond overflow."""
+    size = 10.0 ** np.arange(-20, 19, 2)
+    eta2 = np.array([-0.9, 0.0, 1e-9, 1e-3, 0.7, 1.0, 30.0, 1e9, 1e25, np.inf])
+    mean = np.repeat(size, eta2.size) * np.tile([1, -1], size.size * eta2.size // 2)
+    with np.errstate(over="ignore"):
+        return (
+            np.append(mean, [0.0, 0.0, 0.0]).astype(np.float32),
+            np.append(np.tile(eta2, size.size) * mean**2, [0, 1, np.inf]).astype(
+                np.float32
+            ),
+        )
+
+
+@ADAPTED_BY_ONE_DIVISION
+def test_factor_by_one_division_is_the_factor_of_eta2(factor: Factor) -> None:
+    mean, variance = pairs_of_every_size()
+    actual = updated(do.adapt_to_variance(factor), mean, variance)
+    expected = updated(do.adapt_to_variance(by_eta2(factor)), mean, variance)
+    assert np.all(np.isfinite(expected))
+    # η² = -0.9 leaves a tenth of 1+η², and so ten rounding units. What is below the
+    # smallest normal number comes out as zero on one side only.
+    np.testing.assert_allclose(actual, expected, rtol=3e-6, atol=TINY)
+    np.testing.assert_array_equal(actual[np.abs(mean) < 1e-19], 0)
+
+
+@ADAPTED_BY_ONE_DIVISION
+def test_factor_by_one_division_at_its_limits(factor: Factor) -> None:
+    """η² at and below -1, and what is not a number."""
+    mean = np.array([1e-15, 3.0, -1e9, np.nan, 1.0], np.float32)
+    variance = np.array([-1, -1, -2, 1, 1], np.float32) * mean**2
+    variance[-1] = np.nan
+    actual = updated(do.adapt_to_variance(factor), mean, variance)
+    expected = updated(do.adapt_to_variance(by_eta2(factor)), mean, variance)
+    assert np.all(np.isfinite(expected[:3]))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@ADAPTED_BY_ONE_DIVISION
+def test_factor_by_one_division_of_a_complex_direction(factor: Factor) -> None:
+    mean = np.array([3 + 4j, -1e-9j, 0], np.complex64)
+    variance = np.array([25, 3e-18, 1], np.float32)
+    actual = updated(do.adapt_to_variance(factor), mean, variance)
+    expected = updated(do.adapt_to_variance(by_eta2(factor)), mean, variance)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+@ADAPTED_BY_ONE_DIVISION
+def test_factor_by_one_division_has_the_derivatives_of_the_factor(
+    factor: Factor,
+) -> None:
+    mean, variance = pairs_of_every_size()
+
+    def slopes(factor: Factor) -> Any:
+        tx = do.adapt_to_variance(factor)
+
+        def update(mean: Any, variance: Any) -> Any:
+            return tx.update(do.Estimate(mean, variance), tx.init(None))[0]
+
+        slope = jax.grad(update, argnums=(0, 1))
+        return jax.jit(jax.vmap(slope))(jnp.asarray(mean), jnp.asarray(variance))
+
+    for actual, expected in zip(slopes(factor), slopes(by_eta2(factor)), strict=True):
+        assert np.all(np.isfinite(expected))
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_factors_at_their_ends() -> None:
     ends = jnp.array([0.0, 1e-30, 1e30, jnp.inf])
     for factor, far in (

@@ -182,15 +182,32 @@ def test_first_step_is_the_whole_direction(name: str, size: float) -> None:
 def test_trajectories_of_every_size(name: str, size: float) -> None:
     """From 1e-16 to 1e12, and above, the updates in float32 are those of float64."""
     make, oracle = {**STATEFUL, **MINIBATCH}[name]
-    # Steps of unit size, without the zeros and signs that round to either side.
+    # Steps of unit size, without the zeros and signs that round to either side. None is
+    # less than a tenth of `size`: what svag does to still smaller ones is tested below.
     rng = np.random.default_rng(7)
-    gradients = (size * (1 + 0.5 * rng.normal(size=(40, 6)))).astype(np.float32)
+    noise = np.maximum(rng.normal(size=(40, 6)), -1.8)
+    gradients = (size * (1 + 0.5 * noise)).astype(np.float32)
     variances = variances_for(make, gradients)
     wide = [g.astype(np.float64) for g in (gradients, variances) if g is not None]
     expected = oracle(*wide, learning_rate=1.0)
     actual = trajectory(make(1.0), gradients, variances)
     scale = np.max(np.abs(expected))
     np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5 * scale)
+
+
+def test_svag_loses_the_variance_of_small_gradients_only() -> None:
+    """η²|g|² below the smallest normal number counts as zero, η² being known or not.
+
+    γ is then wrong by less than `tiny`/g², and the update by less than `tiny`/|g|.
+    """
+    ordinary = np.tile([1.0, 0.7, 1.6, 0.9], 5)[:, None] * 1e-12
+    small = np.geomspace(1.2e-19, 1e-14, 200)[None]
+    gradients = np.concatenate([np.tile(ordinary, 200), small]).astype(np.float32)
+    expected = STATEFUL["svag"][1](gradients.astype(np.float64), learning_rate=1.0)[-1]
+    error = np.abs(trajectory(do.svag(1.0), gradients)[-1] - expected)
+    lost = float(jnp.finfo(jnp.float32).tiny) / small[0]
+    assert np.all(error <= lost + 2e-5 * np.abs(expected))
+    assert np.max(error / np.abs(expected)) > 0.01  # It is lost, in the smallest.
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -377,7 +394,9 @@ def test_a_number_and_a_traced_value_agree_to_the_last_digits(name: str) -> None
     gradients = np.abs(stream(14)).astype(np.float32) + np.float32(0.1)
     plain = jax.jit(lambda g: scanned(make(*numbers), g))(gradients)
     traced = jax.jit(lambda b, g: scanned(make(*b), g))(numbers, gradients)
-    np.testing.assert_array_max_ulp(np.asarray(plain), np.asarray(traced), maxulp=4)
+    # XLA rounds the two differently. Each is within 3 units of float64 in `svag`, the one
+    # with the most operations.
+    np.testing.assert_array_max_ulp(np.asarray(plain), np.asarray(traced), maxulp=6)
 
 
 def test_optax_adam_would_not_pass_this() -> None:
@@ -508,7 +527,7 @@ def test_an_alternating_stream_that_cancels_is_right_to_two_percent(decay):
 def test_no_sign_method_steps_along_what_is_left_of_an_average(
     make: Any, size: float
 ) -> None:
-    """The variance underflows before the mean; the rest looked like a direction."""
+    """The variance underflows first: what is left of the mean looks like a sure one."""
     gradients = np.zeros((1300, 3), np.float32)
     gradients[:50] = size * (1 + 0.1 * stream(16, (3,), steps=50))
     variances = np.square(gradients) if make is do.adam_star_mb else None
