@@ -224,4 +224,5 @@ def test_a_large_penalty_in_a_condition_has_no_variance():
     measure = jax.jit(dissect_optax.value_grad_and_variance(loss))
     _, grad, variance = measure(params, batch)
     assert relative_error(grad, jax.grad(loss)(params, batch[0])) < 1e-12
-    assert variance.max() < 1e-24
+    # Squares minus the squared mean, of gradients up to one.
+    assert variance.max() < 1e-15
