@@ -394,8 +394,8 @@ def test_a_number_and_a_traced_value_agree_to_the_last_digits(name: str) -> None
     gradients = np.abs(stream(14)).astype(np.float32) + np.float32(0.1)
     plain = jax.jit(lambda g: scanned(make(*numbers), g))(gradients)
     traced = jax.jit(lambda b, g: scanned(make(*b), g))(numbers, gradients)
-    # XLA rounds the two differently. Each is within 3 units of float64 in `svag`, the one
-    # with the most operations.
+    # XLA rounds the two differently. In `svag`, which has the most operations, each is
+    # within 3 units of float64.
     np.testing.assert_array_max_ulp(np.asarray(plain), np.asarray(traced), maxulp=6)
 
 
