@@ -1,7 +1,6 @@
 """Gradients of look-ups: rows that are added to a table of zeros."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +27,8 @@ from dissect_optax.gradient_variance._terms import (
 
 # Up to so many look-ups of one example are compared with each other; more are sorted.
 COMPARED_LOOK_UPS = 64
+# From so many elements on, one number for each row costs little beside the table.
+WIDE_ROW = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,35 +126,35 @@ class TableRows(Term):
     # ---- Moments ---------------------------------------------------------------------
 
     def moments(self, batch: Batch) -> Moments:
-        entries = self._entries(batch)
-        # In the order of the table, so that the entries of a row are neighbours.
-        order = jnp.argsort(entries.indices)
-        entries = jax.tree.map(lambda values: values[order], entries)
-        indices, rows, shares = entries
-        starts = jnp.concatenate([jnp.zeros(1, bool), indices[1:] != indices[:-1]])
-        group = jnp.cumsum(starts)
-        count = indices.size
-        total = functools.partial(
-            jax.ops.segment_sum,
-            segment_ids=group,
-            num_segments=count,
-            indices_are_sorted=True,
-        )
-        mean = total(entries.weighted(rows))
+        indices, rows, _ = entries = self._entries(batch)
+        mean = self._scattered(indices, entries.weighted(rows))
         # Deviations, and not squares and their mean: rows that many examples read may
-        # have nearly the same gradient.
-        deviations = _formulas.squared_magnitude(rows - mean[group])
-        spread = total(entries.weighted(deviations))
+        # have nearly the same gradient. Only rows that were read are looked at.
+        at_rows = mean.at[indices].get(mode="fill", fill_value=0)
+        deviations = _formulas.squared_magnitude(rows - at_rows)
+        spread = self._scattered(indices, batch.scaled(entries.weighted(deviations)))
         # Examples that do not read the row have gradient zero there.
-        absent = jnp.maximum(1 - total(shares[:, None]), 0)
-        spread = spread + absent * _formulas.squared_magnitude(mean)
-        places = jnp.full(count, self.height, indices.dtype).at[group].set(indices)
-        return self._placed(places, mean), self._placed(places, batch.scaled(spread))
+        absent = jnp.maximum(1 - self._readers(indices, entries.shares), 0)[:, None]
+        unread = absent * _formulas.squared_magnitude(at_rows)
+        within = spread.at[indices].get(mode="fill", fill_value=0)
+        spread = spread.at[indices].set(within + batch.scaled(unread), mode="drop")
+        return self.unflattened(mean), self.unflattened(spread)
 
-    def _placed(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
-        """The table with the given rows, zero elsewhere."""
-        table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
-        return self.unflattened(table.at[indices].set(rows, mode="drop"))
+    def _readers(self, indices: jax.Array, shares: jax.Array) -> jax.Array:
+        """For each entry, the share of all examples that read its row."""
+        if math.prod(self.row_shape) >= WIDE_ROW:
+            read = jnp.zeros(self.height, shares.dtype)
+            read = read.at[indices].add(shares, mode="drop")
+            return read.at[indices].get(mode="fill", fill_value=1)
+        # One number per row would be as much as the table itself.
+        order = jnp.argsort(indices)
+        ordered = indices[order]
+        starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+        group = jnp.cumsum(starts)
+        total = jax.ops.segment_sum(
+            shares[order], group, num_segments=indices.size, indices_are_sorted=True
+        )
+        return jnp.zeros_like(shares).at[order].set(total[group])
 
     def raw_moments(self, batch: Batch) -> Moments:
         """Mean and mean square."""
