@@ -30,6 +30,7 @@ from dissect_optax.gradient_variance._program import (
     Loop,
     Source,
     abstract,
+    defining_equations,
     depends_on,
     dtype_of,
     evaluate,
@@ -185,7 +186,6 @@ def _split_loop(
     body = with_share(inline_calls(loop.body), options)
     flags = [not walk.is_constant(v) for v in equation.invars]
     varies = [*loop_dependence(loop, body.jaxpr, flags)[0], True]
-    carried = range(loop.consts, loop.consts + loop.carries)
 
     def roots(program: ClosedJaxpr) -> list[Atom]:
         jaxpr = program.jaxpr
@@ -200,12 +200,11 @@ def _split_loop(
 
     body, inner = exposed(body, varies, roots, options)
     jaxpr = body.jaxpr
-    moving = [v for i, v in enumerate(jaxpr.invars) if i >= loop.consts]
-    changing = depends_on(jaxpr, moving[:-1])
+    changing = depends_on(jaxpr, jaxpr.invars[loop.consts : -1])
     split = _SplitLoop(loop, body, {}, {}, {}, {})
     for index in sorted(chosen):
         if index < loop.carries:
-            old = jaxpr.invars[carried[index]]
+            old = jaxpr.invars[loop.consts + index]
             _plan_sum(split, inner, index, _increments(jaxpr, index, old), changing)
         else:
             _plan_stack(split, inner, index, options)
@@ -220,7 +219,7 @@ def _split_loop(
 
 def _increments(jaxpr: Jaxpr, index: int, old: Var) -> list[Atom]:
     """Increments of a carry in a step; empty if a step does anything else with it."""
-    produced_by = {v: equation for equation in jaxpr.eqns for v in equation.outvars}
+    produced_by = defining_equations(jaxpr)
     uses = Counter(v for equation in jaxpr.eqns for v in variables(equation))
     uses.update(v for v in jaxpr.outvars if isinstance(v, Var))
     if uses[old] != 1:

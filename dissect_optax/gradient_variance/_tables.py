@@ -149,8 +149,7 @@ class TableRows(Term):
         # One number per row would be as much as the table itself.
         order = jnp.argsort(indices)
         ordered = indices[order]
-        starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
-        group = jnp.cumsum(starts)
+        group = _groups(ordered)
         total = jax.ops.segment_sum(
             shares[order], group, num_segments=indices.size, indices_are_sorted=True
         )
@@ -198,8 +197,7 @@ class TableRows(Term):
         count = indices.size
         order = jnp.argsort(indices, stable=True)
         ordered = indices[order]
-        starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
-        group = jnp.cumsum(starts)
+        group = _groups(ordered)
         merged = jax.ops.segment_sum(
             rows[order], group, num_segments=count, indices_are_sorted=True
         )
@@ -222,6 +220,12 @@ class TableRows(Term):
         table = table.reshape(*indexed, *self.row_shape)
         rest = [a for a in range(len(self.table_shape)) if a not in self.axes]
         return table.transpose(np.argsort([*self.axes, *rest]))
+
+
+def _groups(ordered: jax.Array) -> jax.Array:
+    """Consecutive numbers of equal neighbours."""
+    starts = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] != ordered[:-1]])
+    return jnp.cumsum(starts)
 
 
 class _Entries(NamedTuple):
