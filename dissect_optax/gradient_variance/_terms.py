@@ -169,11 +169,10 @@ class Term(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Materialized(Term):
-    """A value of the program, kept for every example; `reason` says why."""
+class Value(Term):
+    """A term that is one value of the program."""
 
     source: Source
-    reason: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,6 +181,13 @@ class Materialized(Term):
     @property
     def dtype(self) -> Any:
         return accumulator(dtype_of(self.source))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Materialized(Value):
+    """A value of the program, kept for every example; `reason` says why."""
+
+    reason: str
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -214,18 +220,8 @@ class Materialized(Term):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Constant(Term):
+class Constant(Value):
     """A value that is the same for all examples."""
-
-    source: Source
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return shape_of(self.source)
-
-    @property
-    def dtype(self) -> Any:
-        return accumulator(dtype_of(self.source))
 
     @property
     def sources(self) -> tuple[Source, ...]:
