@@ -1,6 +1,8 @@
-"""The circumstances of a measurement."""
+"""The circumstances of a measurement, and JAX's names that differ between versions."""
 
+import contextlib
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +12,13 @@ import jax
 from experiments.environment import processor
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
+
+
+def enable_x64(enabled: bool) -> contextlib.AbstractContextManager[None]:
+    """`jax.enable_x64`, also for JAX before 0.8."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(enabled)
+    return importlib.import_module("jax.experimental").enable_x64(enabled)
 
 
 def environment() -> dict[str, str | int]:

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 import dissect_optax
-from benchmarks.environment import environment
+from benchmarks.environment import enable_x64, environment
 from benchmarks.networks import NETWORKS, Network
 
 RESULTS = Path(__file__).parent / "results" / "gradient_variance.json"
@@ -146,7 +146,7 @@ METHODS: dict[str, Callable[[Network], Callable[..., Any]]] = {
 def reference_variance(network: Network) -> list[np.ndarray]:
     """Eq. (44) from one float64 gradient after the other, in two passes."""
     size = network.batch[1].shape[0]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params, batch = _in_float64((network.params, network.batch))
         gradient = jax.jit(jax.grad(network.loss))
         each = functools.partial(_gradient_of, gradient, params, batch)
@@ -211,7 +211,7 @@ def measure_case(case: str, methods: list[str], rounds: int, runs: int) -> list[
         if method != "plain":
             record["float32_error"] = _error(result[2], reference)
         if method == "ours":
-            with jax.enable_x64(True):
+            with enable_x64(True):
                 wide = jax.jit(METHODS[method](network))(*_in_float64(arguments))
                 record["float64_error"] = _error(wide[2], reference)
         records.append(record)

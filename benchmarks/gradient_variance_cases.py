@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dissect_optax
-from benchmarks.environment import environment
+from benchmarks.environment import enable_x64, environment
 from benchmarks.variance_models import CASES, Case, Problem
 
 RESULTS = Path(__file__).parent / "results" / "gradient_variance_cases.json"
@@ -69,10 +69,10 @@ def small_errors(case: Case, *, wide: bool) -> dict[str, float]:
     """
     problem = case.make(**case.small)
     axes = (None, 0, *(None for _ in problem.shared))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         upcast = jax.tree.map(_in_float64, _arguments(problem))
         each = jax.jit(jax.vmap(jax.grad(problem.loss), axes))(*upcast)
-    with jax.enable_x64(wide):
+    with enable_x64(wide):
         arguments = upcast if wide else _arguments(problem)
         _, grad, variance = jax.jit(_programs(problem)["ours"])(*arguments)
     name = "float64" if wide else "float32"
