@@ -9,7 +9,7 @@ import platform
 
 import jax
 
-from experiments.environment import processor
+from dissect_optax.dissection import processor
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy")
 

@@ -1,6 +1,6 @@
 """Steps per second of the experiments' training loop, beside two other loops.
 
-`ours` is `experiments.training.advance`: steps, mini-batches and augmentation in one
+`ours` is the engine's `advance`: steps, mini-batches and augmentation in one
 compiled program. `plain` takes the same step as Flax's MNIST example does, one jitted
 call after the other on mini-batches that NumPy shuffles and hands over. `torch` is the
 same network, batch size, L2, augmentation and optimizer in PyTorch, on as many threads,
@@ -43,10 +43,16 @@ from benchmarks.training_loops import (
     TorchProcess,
     without_augmentation,
 )
-from experiments.data import Dataset, Examples
-from experiments.methods import METHODS, Method, get_method
-from experiments.problems import Problem, Settings, get_problem
-from experiments.training import lower_gradient
+from dissect_optax.dissection import (
+    METHODS,
+    Data,
+    Method,
+    Settings,
+    get_method,
+    lower_gradient,
+)
+from experiments.problems import ImageProblem, get_problem
+from experiments.problems.image_problem import Examples
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 IMAGES = 10_000
@@ -93,7 +99,7 @@ PRODUCT = "product of matrices"  # The device with nothing else in its way.
 _PRODUCT_SIZE = 2048
 
 
-def random_dataset(case: Case) -> Dataset:
+def random_dataset(case: Case) -> Data:
     """Random images and labels, on the device."""
     random = np.random.default_rng(0)
     shape = (IMAGES, *case.image_shape)
@@ -101,11 +107,11 @@ def random_dataset(case: Case) -> Dataset:
         jnp.asarray(random.integers(256, size=shape, dtype=np.uint8)),
         jnp.asarray(random.integers(case.classes, size=IMAGES, dtype=np.int32)),
     )
-    return Dataset(training=training, test=training)
+    return Data(training=training, test=training)
 
 
 def turns_in_jax(
-    problem: Problem, method: Method, settings: Settings, members: int
+    problem: ImageProblem, method: Method, settings: Settings, members: int
 ) -> dict[Way, Turn]:
     """Every way to train in JAX, the experiments' first."""
     case = CASES[problem.name]
@@ -134,7 +140,7 @@ def multiply_matrices(steps: int) -> float:
 
 
 def turns_in_torch(
-    process: TorchProcess, problem: Problem, method: Method, settings: Settings
+    process: TorchProcess, problem: ImageProblem, method: Method, settings: Settings
 ) -> dict[Way, Turn]:
     """Every way to train in PyTorch."""
     case = CASES[problem.name]
@@ -170,10 +176,10 @@ def take_turns(
     return seconds
 
 
-def gradient_flops(problem: Problem, method: Method, settings: Settings) -> float:
+def gradient_flops(problem: ImageProblem, method: Method, settings: Settings) -> float:
     """Floating-point operations in the gradient of one step of one run."""
-    image_shape = CASES[problem.name].image_shape
-    lowered, _ = lower_gradient(problem, method, settings, image_shape)
+    training = random_dataset(CASES[problem.name]).training
+    lowered, _ = lower_gradient(problem, method, settings, training)
     return (lowered.cost_analysis() or {}).get("flops", math.nan)
 
 
@@ -186,7 +192,7 @@ def peaks(device: str) -> dict[str, float]:
 
 
 def to_rows(
-    problem: Problem,
+    problem: ImageProblem,
     method: Method,
     settings: Settings,
     seconds: dict[Way, list[float]],

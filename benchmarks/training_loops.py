@@ -19,10 +19,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.data import Dataset
-from experiments.methods import Method
-from experiments.problems import Problem, Settings
-from experiments.training import Member, advance, initialise, l2_penalty
+from dissect_optax.dissection import (
+    Data,
+    Method,
+    Replica,
+    Settings,
+    advance,
+    initialise,
+)
+from experiments.problems import ImageProblem
+from experiments.problems.image_problem import Examples, l2_penalty
 
 TORCH_SCRIPT = Path(__file__).parent / "training_torch.py"
 LEARNING_RATE = 1e-3
@@ -36,14 +42,14 @@ class OurLoop:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: ImageProblem,
         method: Method,
         settings: Settings,
-        dataset: Dataset,
+        dataset: Data,
         members: int = 1,
     ):
         """Initialise the group."""
-        group = Member(
+        group = Replica(
             jnp.full(members, LEARNING_RATE, jnp.float32),
             jnp.arange(members, dtype=jnp.uint32),
         )
@@ -59,9 +65,14 @@ class OurLoop:
         return (time.perf_counter() - start) / steps
 
 
-def without_augmentation(problem: Problem) -> Problem:
+def without_augmentation(problem: ImageProblem) -> ImageProblem:
     """The same problem, trained on images as it is tested on them."""
-    return dataclasses.replace(problem, augmented_input=None)
+
+    def augment(example: Examples, key: jax.Array) -> Examples:
+        del key
+        return Examples(problem.test_input(example.image), example.label)
+
+    return dataclasses.replace(problem, augment=augment)
 
 
 # ---- A plain loop ------------------------------------------------------------------
@@ -79,7 +90,7 @@ class PlainLoop:
     """One jitted call per step, on mini-batches from the host; it waits for none."""
 
     def __init__(
-        self, problem: Problem, method: Method, settings: Settings, dataset: Dataset
+        self, problem: ImageProblem, method: Method, settings: Settings, dataset: Data
     ):
         """Initialise network and optimizer."""
         structure, params = nnx.split(problem.network(nnx.Rngs(0)), nnx.Param)
@@ -100,7 +111,7 @@ class PlainLoop:
 
 
 def _plain_step(
-    problem: Problem,
+    problem: ImageProblem,
     settings: Settings,
     optimizer: optax.GradientTransformation,
     structure: nnx.GraphDef,
@@ -113,7 +124,7 @@ def _plain_step(
     keys = jax.random.split(augmentation_key, settings.batch_size)
     inputs = jax.vmap(problem.training_input)(images, keys)
     gradient = jax.grad(_plain_loss)(
-        state.params, structure, settings.l2, inputs, labels, dropout_key
+        state.params, structure, problem.l2, inputs, labels, dropout_key
     )
     updates, optimizer_state = optimizer.update(
         gradient, state.optimizer_state, state.params
@@ -194,7 +205,7 @@ class TorchLoop:
     def __init__(
         self,
         process: TorchProcess,
-        problem: Problem,
+        problem: ImageProblem,
         method: Method,
         settings: Settings,
         *,
@@ -209,7 +220,7 @@ class TorchLoop:
             "optimizer": method.name,
             "learning_rate": LEARNING_RATE,
             "batch_size": settings.batch_size,
-            "l2": settings.l2,
+            "l2": problem.l2,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "augmented": augmented,
             "channels_last": channels_last,

@@ -1,22 +1,21 @@
-"""`python -m experiments`; Ctrl-C is answered while modules are imported, too."""
+"""`python -m experiments`."""
 
 import os
 import sys
 
-from experiments import interrupts
+_INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
 
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
     try:
-        # JAX's own callbacks would lose one that arrives in them.
-        with interrupts.noted():
-            from experiments import command_line
+        from experiments import command_line
+
+        status = command_line.main(sys.argv[1:])
     except KeyboardInterrupt:
         print("\nInterrupted before anything began.", file=sys.stderr)
-        return 130
-    status = command_line.main(sys.argv[1:])
-    if status == command_line.INTERRUPTED:
+        return _INTERRUPTED
+    if status == _INTERRUPTED:
         # The ordinary way out would wait for what the device still computes.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from experiments import interrupts
+from dissect_optax.dissection import UserError, recorded, unknown_name
 from experiments.commands import (
     convergence,
     curves,
@@ -20,7 +20,6 @@ from experiments.commands import (
     train,
     tune_step_sizes,
 )
-from experiments.errors import UserError, unknown_name
 from experiments.problems import PROBLEMS
 
 _PROGRAM = "python -m experiments"
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     # Orbax tells there about its housekeeping.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        with interrupts.noted():
+        with recorded():
             _run(arguments)
     except UserError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)

@@ -11,35 +11,39 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
+from dissect_optax.dissection import (
+    FOUR_METHODS,
+    METHODS,
+    Job,
+    Method,
+    MethodResult,
+    Monitor,
+    Protocol,
+    Record,
+    Settings,
+    Store,
+    UserError,
+    complete,
+    digest,
+    find_result,
+    get_method,
+    makes_optimizers,
+    record_to_json,
+    replicate,
+    to_text,
+    tune,
+    write_atomically,
+)
 from experiments import reporting
-from experiments.errors import UserError
 from experiments.figures import (
     adaptation_factors,
     training_curves,
     variance_adaptation_sketch,
     wrong_sign_mass,
 )
-from experiments.methods import (
-    FOUR_METHODS,
-    METHODS,
-    Method,
-    get_method,
-    makes_optimizers,
-)
 from experiments.paths import expand_home
-from experiments.problems import PROBLEMS, Problem, Settings, get_problem
-from experiments.progress import Monitor
-from experiments.records import (
-    Record,
-    Store,
-    digest,
-    record_to_json,
-    to_text,
-    write_atomically,
-)
-from experiments.running import Job, complete
+from experiments.problems import PROBLEMS, ImageProblem, get_problem
 from experiments.studies import catalogue, illustrations
-from experiments.tuning import Outcome, find_outcome, outcomes, replicate, tune
 
 _SINGLE = np.finfo(np.float32)
 _LARGEST_SEED = 2**32 - 1
@@ -75,7 +79,7 @@ class Options:
     runs_dir: Path = Path("runs")
     """Directory of the records; a finished run is found there and not run again."""
     smoke: bool = False
-    """A few steps, two seeds: a minute or two, mostly to compile. No test of Adam."""
+    """A few steps, two seeds. Checks the code only; the numbers are meaningless."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs_dir", expand_home(self.runs_dir))
@@ -93,6 +97,8 @@ class TrainingOptions(Options):
     """Steps of every run, for a look that is shorter than what was published."""
     evaluation_interval: _Number = None
     """Steps between two evaluations; divides the steps."""
+    replicas: _Number = None
+    """Runs that are trained at a time; as many as fill the device if not given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +150,7 @@ def _distinct(flag: str, names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _method(problem: Problem, name: str) -> Method:
+def _method(problem: ImageProblem, name: str) -> Method:
     """The method of this name, if it can be trained on this problem."""
     method = get_method(name)
     learning_rate = problem.schedule(method.first_guess)
@@ -157,7 +163,16 @@ def _method(problem: Problem, name: str) -> Method:
     return method
 
 
-def _job(problem_name: str, options: TrainingOptions) -> Job:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What the options ask for."""
+
+    problem: ImageProblem
+    job: Job
+    protocol: Protocol
+
+
+def _task(problem_name: str, options: TrainingOptions) -> _Task:
     """Problem, settings, store and monitor that the options ask for."""
     problem = get_problem(problem_name)
     if not options.checkpoint_seconds >= 0:
@@ -165,6 +180,8 @@ def _job(problem_name: str, options: TrainingOptions) -> Job:
             "`--checkpoint-seconds` must not be negative, got"
             f" {options.checkpoint_seconds:g}. Use 0 for as many as possible."
         )
+    if options.replicas is not None and options.replicas < 1:
+        raise UserError(f"`--replicas` must be at least 1, got {options.replicas}.")
     settings = _with_steps(
         problem.smoke if options.smoke else problem.settings,
         options.steps,
@@ -182,23 +199,37 @@ def _job(problem_name: str, options: TrainingOptions) -> Job:
             ),
             validation_fraction=_HELD_OUT if options.select_on == "validation" else 0.0,
         )
-    return Job(
+    job = Job(
         problem=problem,
         settings=settings,
-        tuning_settings=tuned_by,
         store=Store(options.runs_dir),
         monitor=Monitor(),
         data_dir=options.data_dir,
         checkpoint_seconds=options.checkpoint_seconds,
+        replicas=options.replicas,
     )
+    return _Task(problem, job, Protocol(tuned_by))
 
 
-def _outcomes(job: Job, optimizers: Sequence[str]) -> dict[str, Outcome]:
-    """What the records say about these methods."""
-    methods = [
-        _method(job.problem, name) for name in _distinct("--optimizers", optimizers)
-    ]
-    return outcomes(job, methods)
+def _results(task: _Task, optimizers: Sequence[str]) -> dict[str, MethodResult]:
+    """The results of these methods from records, by name.
+
+    Raises:
+      UserError: Tuning or replications of one of them are missing.
+    """
+    names = _distinct("--optimizers", optimizers)
+    methods = [_method(task.problem, name) for name in names]
+    found = {m.name: find_result(task.job, task.protocol, m) for m in methods}
+    if missing := [method for method in methods if found[method.name] is None]:
+        problem = task.problem.name
+        raise UserError(
+            f"{task.job.store.root} holds no complete record of"
+            f" {', '.join(method.label for method in missing)} on {problem}. Run"
+            f" `python -m experiments reproduce {problem} --optimizers"
+            f" {' '.join(method.name for method in missing)}` with the same options"
+            " first."
+        )
+    return {name: result for name, result in found.items() if result is not None}
 
 
 def _recorded_methods(job: Job) -> list[Method]:
@@ -208,25 +239,25 @@ def _recorded_methods(job: Job) -> list[Method]:
     for name in found:
         if name not in METHODS:
             # It may come from another version of Optax, say.
-            with _said_only(job):
+            with _reported_only(job):
                 others.append(get_method(name))
     return [METHODS[name] for name in METHODS if name in found] + others
 
 
-def _complete_outcomes(job: Job) -> dict[str, Outcome]:
+def _complete_results(task: _Task) -> dict[str, MethodResult]:
     """Of every method that is complete, so that one command does not undo another's."""
-    complete_outcomes = {}
-    for method in _recorded_methods(job):
+    complete_results = {}
+    for method in _recorded_methods(task.job):
         # One that cannot be tuned is no obstacle to the others.
-        with _said_only(job):
-            if outcome := find_outcome(job, method):
-                complete_outcomes[method.name] = outcome
-    return complete_outcomes
+        with _reported_only(task.job):
+            if result := find_result(task.job, task.protocol, method):
+                complete_results[method.name] = result
+    return complete_results
 
 
 @contextlib.contextmanager
-def _said_only(job: Job) -> Iterator[None]:
-    """Shows an error and goes on: it is about what was not asked for."""
+def _reported_only(job: Job) -> Iterator[None]:
+    """Reports errors in optional results and continues."""
     try:
         yield
     except UserError as error:
@@ -234,42 +265,50 @@ def _said_only(job: Job) -> Iterator[None]:
 
 
 def _joined(names: Sequence[str]) -> str:
-    """Names as part of a file's name, which has an end."""
+    """Joins names; hashes them if too long for a file name."""
     joined = "_".join(names)
     if len(joined) <= _LONGEST_NAME:
         return joined
     return f"{len(names)}_methods_{digest(list(names))}"
 
 
-def _replications(outcomes: dict[str, Outcome]) -> dict[str, Sequence[Record]]:
-    """What Figure 3 shows of them, by the method's label."""
-    return {found.method.label: found.replications for found in outcomes.values()}
+def _replications(results: dict[str, MethodResult]) -> dict[str, Sequence[Record]]:
+    """The runs that Figure 3 shows, by the method's label."""
+    return {found.method.label: found.replications for found in results.values()}
 
 
 def _print_results(
-    job: Job, outcomes: dict[str, Outcome], options: TuningOptions
+    task: _Task, results: dict[str, MethodResult], options: TuningOptions
 ) -> None:
     """The accuracy table, and the two effects with what they mean."""
     # A row of Markdown must not be broken, however narrow the terminal.
     console = Console(width=_WIDTH)
     if options.smoke:
-        console.print("A test of the code: after so few steps numbers mean nothing.")
-    console.print(reporting.accuracy_table(job.problem, outcomes))
+        console.print(
+            "Checks the code only; after so few steps the numbers are meaningless."
+        )
+    console.print(reporting.accuracy_table(task.problem, results))
     for aspect, comparisons in (
         ("the sign", reporting.SIGN_COMPARISONS),
         ("variance adaptation", reporting.ADAPTATION_COMPARISONS),
     ):
-        if found := reporting.effects(outcomes, comparisons):
+        if found := reporting.effects(results, comparisons):
             console.print(reporting.effect_table(aspect, found))
-    held_out = job.tuning_settings.validation_fraction
+    if lower := [r.method.label for r in results.values() if r.tuned.searched_below]:
+        console.print(
+            f"{', '.join(lower)}: the best of the two decades below the largest stable"
+            " step size was the\nsmallest, so smaller ones were tried."
+        )
+    tuning_settings = task.protocol.settings
+    held_out = tuning_settings.validation_fraction
     chosen_on = "held-out training images" if held_out else "the test set"
-    length = f"{job.settings.steps} steps"
-    published = job.problem.settings.steps
-    if job.problem.published and job.settings.steps != published:
+    length = f"{task.job.settings.steps} steps"
+    published = task.problem.settings.steps
+    if task.problem.published and task.job.settings.steps != published:
         length += f" (the paper's: after {published})"
     console.print(
         f"Test accuracy after {length}, mean ± one standard deviation over seeds;\n"
-        f"step sizes chosen on {chosen_on} by runs of {job.tuning_settings.steps}"
+        f"step sizes chosen on {chosen_on} by runs of {tuning_settings.steps}"
         " steps.\n"
         "Effects on it: mean difference between equal seeds ± half the 95 % confidence"
         "\ninterval, over seeds only: the tuning, by one seed, is not in it.",
@@ -288,7 +327,7 @@ def train(
     seed: int = 0,
     options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
-    """Train one network, and say where its record is.
+    """Train one network, and print the path of its record.
 
     Args:
       problem: The test problem.
@@ -297,8 +336,8 @@ def train(
       seed: Seed of initial parameters, mini-batches and noise.
       options: What every command understands.
     """
-    job = _job(problem, options)
-    method = _method(job.problem, optimizer)
+    task = _task(problem, options)
+    job, method = task.job, _method(task.problem, optimizer)
     # Runs compute in single precision, where other numbers are zero or infinite.
     if not float(_SINGLE.tiny) <= learning_rate <= float(_SINGLE.max):
         raise UserError(
@@ -315,11 +354,12 @@ def train(
         outcome_text = f"diverged before step {last.step}"
     else:
         outcome_text = (
-            f"training loss {last.training_loss:.4g}, test loss {last.test_loss:.4g},"
-            f" test accuracy {last.test_accuracy:.1%}"
+            f"training loss {last['training_loss']:.4g},"
+            f" test loss {last['test_loss']:.4g},"
+            f" test accuracy {last['test_accuracy']:.1%}"
         )
     print(f"{title}: {outcome_text}")
-    print(f"Record: {job.store.directory(config)}")
+    print(f"Record: {job.store.path(config)}")
 
 
 def tune_step_sizes(
@@ -335,10 +375,10 @@ def tune_step_sizes(
       optimizers: The methods.
       options: What every command understands.
     """
-    job = _job(problem, options)
+    task = _task(problem, options)
     names = _distinct("--optimizers", optimizers)
-    for method in [_method(job.problem, name) for name in names]:
-        tuned = tune(job, method)
+    for method in [_method(task.problem, name) for name in names]:
+        tuned = tune(task.job, task.protocol, method)
         print(
             f"{method.label}: step size {tuned.learning_rate:g}, best of"
             f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
@@ -363,24 +403,24 @@ def reproduce(
     """
     if seeds is not None and seeds < 1:
         raise UserError(f"`--seeds` must be at least 1, got {seeds}.")
-    job = _job(problem, options)
+    task = _task(problem, options)
     names = _distinct("--optimizers", optimizers)
-    for method in [_method(job.problem, name) for name in names]:
-        tuned = tune(job, method)
+    for method in [_method(task.problem, name) for name in names]:
+        tuned = tune(task.job, task.protocol, method)
         replicate(
-            job,
+            task.job,
             method,
             tuned.learning_rate,
             seeds or (2 if options.smoke else 10),
         )
-    found = _outcomes(job, optimizers)
-    _print_results(job, found, options)
+    found = _results(task, optimizers)
+    _print_results(task, found, options)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
-    all_found = reporting.summary(job, _complete_outcomes(job))
+    all_found = reporting.summary(task.job, task.protocol, _complete_results(task))
     write_atomically(summary, to_text(all_found))
     name = "figure_3" if tuple(optimizers) == FOUR_METHODS else _joined(optimizers)
     path = training_curves.draw(
-        {job.problem.title: _replications(found)},
+        {task.problem.title: _replications(found)},
         _figure_path(f"{name}_{problem}", options),
     )
     print(f"Summary: {summary}")
@@ -403,8 +443,8 @@ def table(
       options: What every command understands.
     """
     for problem in _distinct("PROBLEM", problems):
-        job = _job(problem, options)
-        _print_results(job, _outcomes(job, optimizers), options)
+        task = _task(problem, options)
+        _print_results(task, _results(task, optimizers), options)
 
 
 def curves(
@@ -420,7 +460,7 @@ def curves(
       optimizers: The methods; all that have records unless told otherwise.
       options: What every command understands.
     """
-    job = _job(problem, options)
+    job = _task(problem, options).job
     records: dict[str, list[Record]] = {}
     file_name = "curves"
     if optimizers is None:
@@ -560,9 +600,9 @@ def _draw_runs(
     options: TuningOptions,
 ) -> Path:
     """A figure of training curves from the records of these methods."""
-    jobs = [_job(name, options) for name in problems]
+    tasks = [_task(name, options) for name in problems]
     columns = {
-        job.problem.title: _replications(_outcomes(job, optimizers)) for job in jobs
+        task.problem.title: _replications(_results(task, optimizers)) for task in tasks
     }
     path = _figure_path(f"figure_{number}_{'_'.join(problems)}", options)
     return training_curves.draw(columns, path)

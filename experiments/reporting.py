@@ -17,10 +17,8 @@ from rich import box
 from rich.table import Table
 from scipy.special import stdtrit
 
-from experiments.problems import Problem
-from experiments.records import EqualWithNan, Record
-from experiments.running import Job
-from experiments.tuning import Outcome
+from dissect_optax.dissection import EqualWithNan, Job, MethodResult, Protocol, Record
+from experiments.problems import ImageProblem
 
 # Second minus first; names as on the command line.
 SIGN_COMPARISONS = (("m_sgd", "m_ssd"), ("m_svag", "adam"))
@@ -47,7 +45,7 @@ def accuracy_of_finished(records: Sequence[Record]) -> tuple[float, float]:
 
 def final_accuracy(record: Record) -> float:
     """Test accuracy after the last step; NaN for a run that diverged."""
-    return math.nan if record.diverged else record.evaluations[-1].test_accuracy
+    return math.nan if record.diverged else record.evaluations[-1]["test_accuracy"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,12 +100,12 @@ def paired_effect(
 
 
 def effects(
-    outcomes: Mapping[str, Outcome], comparisons: Sequence[tuple[str, str]]
+    results: Mapping[str, MethodResult], comparisons: Sequence[tuple[str, str]]
 ) -> list[Effect]:
     """The effects of one aspect, for the comparisons whose two methods are there.
 
     Args:
-      outcomes: Outcomes by the method's name.
+      results: Results by the method's name.
       comparisons: Pairs of names; the second has the aspect.
 
     Returns:
@@ -115,12 +113,12 @@ def effects(
     """
     found = []
     for before, after in comparisons:
-        if before in outcomes and after in outcomes:
+        if before in results and after in results:
             accuracies = [
-                {r.config.seed: final_accuracy(r) for r in outcomes[name].replications}
+                {r.config.seed: final_accuracy(r) for r in results[name].replications}
                 for name in (before, after)
             ]
-            labels = (outcomes[after].method.label, outcomes[before].method.label)
+            labels = (results[after].method.label, results[before].method.label)
             found.append(paired_effect(" − ".join(labels), *accuracies))
     return found
 
@@ -146,12 +144,12 @@ def percent(mean: float, std: float) -> str:
     return f"{100 * mean:.1f}{deviation} %"
 
 
-def accuracy_table(problem: Problem, outcomes: Mapping[str, Outcome]) -> Table:
+def accuracy_table(problem: ImageProblem, results: Mapping[str, MethodResult]) -> Table:
     """Test accuracy after the last step beside the paper's, as Markdown.
 
     Args:
       problem: The test problem.
-      outcomes: Outcomes by the method's name.
+      results: Results by the method's name.
 
     Returns:
       A table for a Rich console.
@@ -164,15 +162,15 @@ def accuracy_table(problem: Problem, outcomes: Mapping[str, Outcome]) -> Table:
         table.add_column("paper", justify="right")
     for column in ("step size", "largest stable", "seeds"):
         table.add_column(column, justify="right")
-    for name, outcome in outcomes.items():
-        diverged = sum(record.diverged for record in outcome.replications)
+    for name, result in results.items():
+        diverged = sum(record.diverged for record in result.replications)
         table.add_row(
-            outcome.method.label,
-            percent(*accuracy_of_finished(outcome.replications)),
+            result.method.label,
+            percent(*accuracy_of_finished(result.replications)),
             *([problem.published.get(name, "–")] if problem.published else []),
-            f"{outcome.tuned.learning_rate:g}",
-            f"{outcome.tuned.largest_stable:g}",
-            f"{len(outcome.replications)}"
+            f"{result.tuned.learning_rate:g}",
+            f"{result.tuned.largest_stable:g}",
+            f"{len(result.replications)}"
             + (f", {diverged} diverged" if diverged else ""),
         )
     return table
@@ -207,40 +205,43 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
     return table
 
 
-def summary(job: Job, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def summary(
+    job: Job, protocol: Protocol, results: Mapping[str, MethodResult]
+) -> dict[str, Any]:
     """The outcome of a problem with its provenance, small enough to be committed.
 
     Args:
       job: Problem and settings.
-      outcomes: Outcomes by the method's name; not empty.
+      protocol: How step sizes were chosen.
+      results: Results by the method's name; not empty.
 
     Returns:
       A tree for `records.to_text`; the deviation of a single run is NaN, and so is
       the accuracy of a run that diverged, which no mean counts.
     """
     methods = {}
-    for name, outcome in outcomes.items():
-        mean, std = accuracy_of_finished(outcome.replications)
+    for name, result in results.items():
+        mean, std = accuracy_of_finished(result.replications)
         methods[name] = {
             "test_accuracy_mean": mean,
             "test_accuracy_std": std,
-            "test_accuracies": [final_accuracy(r) for r in outcome.replications],
-            "seeds": [r.config.seed for r in outcome.replications],
-            "step_size": outcome.tuned.learning_rate,
-            "largest_stable_step_size": outcome.tuned.largest_stable,
-            "environment": outcome.replications[0].environment,
+            "test_accuracies": [final_accuracy(r) for r in result.replications],
+            "seeds": [r.config.seed for r in result.replications],
+            "step_size": result.tuned.learning_rate,
+            "largest_stable_step_size": result.tuned.largest_stable,
+            "environment": result.replications[0].environment,
         }
     return {
         "problem": job.problem.name,
-        "network": job.problem.network_summary,
+        **job.problem.description,
         "settings": dataclasses.asdict(job.settings),
-        "tuning_settings": dataclasses.asdict(job.tuning_settings),
+        "tuning_settings": dataclasses.asdict(protocol.settings),
         "methods": methods,
         "effects_of_the_sign": [
-            dataclasses.asdict(effect) for effect in effects(outcomes, SIGN_COMPARISONS)
+            dataclasses.asdict(effect) for effect in effects(results, SIGN_COMPARISONS)
         ],
         "effects_of_variance_adaptation": [
             dataclasses.asdict(effect)
-            for effect in effects(outcomes, ADAPTATION_COMPARISONS)
+            for effect in effects(results, ADAPTATION_COMPARISONS)
         ],
     }

@@ -19,11 +19,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.data import Dataset, Examples
-from experiments.errors import UserError, first_line
+from dissect_optax.dissection import Data, UserError, first_line, only_process
 from experiments.image_archives import Half, cifar_half, files_of, mnist_halves
-from experiments.locks import only_process
 from experiments.paths import expand_home
+from experiments.problems.image_problem import Examples
 
 # TensorFlow Datasets and what comes with it are imported late: that takes two seconds,
 # and problems that bring their data do not need them.
@@ -36,7 +35,7 @@ _ELSEWHERE = (
 )
 
 
-def load_tfds(name: str, data_dir: Path | None) -> Dataset:
+def load_tfds(name: str, data_dir: Path | None) -> Data:
     """A data set of TFDS, downloaded and prepared on first use.
 
     The order is that of the files: TFDS shuffles while it writes, always in the same
@@ -82,7 +81,7 @@ def load_tfds(name: str, data_dir: Path | None) -> Dataset:
             f" {first_line(error)} Remove that directory, and the same command"
             f" prepares the data anew. {_ELSEWHERE}"
         ) from error
-    return Dataset(
+    return Data(
         *(
             Examples(jnp.asarray(images), jnp.asarray(labels))
             for images, labels in halves

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.style import WIDTH, color, line_style, save, style
-from experiments.records import StudyRecord
+from experiments.studies.study import StudyRecord
 
 _LABELS = {"sgd": "SGD", "svag": "SVAG, exact factors"}
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.figures.style import WIDTH, color, save, style
-from experiments.records import StudyRecord
+from experiments.studies.study import StudyRecord
 
 _LABELS = {"sgd": "SGD", "ssd": "SSD"}
 # What falls below is as good as solved, and would flatten all other curves.

@@ -9,7 +9,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from experiments.figures.style import WIDTH, color, save, style
-from experiments.records import StudyRecord
+from experiments.studies.study import StudyRecord
 
 _COLORS = LinearSegmentedColormap.from_list(
     "gradient_to_sign", [color("sgd"), "#ffffff", color("adam")]

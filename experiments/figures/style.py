@@ -9,8 +9,6 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from experiments.records import naming
-
 # Okabe & Ito's palette, which people with any common colour vision can tell apart.
 # Cold colours keep the magnitude, warm ones only the sign; lines of methods that are
 # not adapted to the variance are dashed. So Table 1 can be read off a figure.
@@ -103,6 +101,5 @@ def save(figure: Figure, path: Path) -> Path:
       The path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path):
-        figure.savefig(path, dpi=_RESOLUTION)
+    figure.savefig(path, dpi=_RESOLUTION)
     return path

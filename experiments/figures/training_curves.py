@@ -16,6 +16,7 @@ from matplotlib.ticker import (
     NullFormatter,
 )
 
+from dissect_optax.dissection import Record
 from experiments.figures.style import (
     WIDTH,
     colors,
@@ -24,7 +25,6 @@ from experiments.figures.style import (
     save,
     style,
 )
-from experiments.records import Record
 
 _LEGEND_COLUMNS = 4
 
@@ -35,9 +35,7 @@ def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.nd
     steps = np.array([line.step for line in longest.evaluations])
     values = np.full((len(records), len(steps)), np.nan)
     for row, record in zip(values, records, strict=True):
-        row[: len(record.evaluations)] = [
-            getattr(line, quantity) for line in record.evaluations
-        ]
+        row[: len(record.evaluations)] = [line[quantity] for line in record.evaluations]
     return steps, values
 
 
@@ -89,12 +87,12 @@ def _draw_band(
         )
 
 
-def _cut_off_what_went_astray(
+def _cut_off_diverged_losses(
     axes: Axes, lines: Mapping[str, Sequence[Record]], quantity: str
 ) -> None:
     """Ends the axis at twice the loss of untrained networks, for the other lines."""
     untrained = max(
-        getattr(record.evaluations[0], quantity)
+        record.evaluations[0][quantity]
         for records in lines.values()
         for record in records
     )
@@ -168,7 +166,7 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
                         opacities[label],
                     )
                 axes[row, column].set_yscale("log")
-                _cut_off_what_went_astray(axes[row, column], lines, quantity)
+                _cut_off_diverged_losses(axes[row, column], lines, quantity)
                 _use_plain_ticks(axes[row, column])
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.01)

@@ -2,17 +2,17 @@
 
 import importlib
 
-from experiments.errors import UserError, unknown_name
-from experiments.problems.problem import Problem, Settings
+from dissect_optax.dissection import UserError, unknown_name
+from experiments.problems.image_problem import ImageProblem
 
-__all__ = ["PROBLEMS", "Problem", "Settings", "get_problem"]
+__all__ = ["PROBLEMS", "ImageProblem", "get_problem"]
 
 # In the order of tables and figures. A problem is imported when it is asked for, so
 # that none needs the data libraries of another.
 PROBLEMS = ("digits", "mnist", "cifar10", "cifar100")
 
 
-def get_problem(name: str) -> Problem:
+def get_problem(name: str) -> ImageProblem:
     """The problem of this name, from the file of the same name in this folder.
 
     Args:

@@ -17,9 +17,10 @@ import functools
 import jax
 from flax import nnx
 
+from dissect_optax.dissection import Settings
 from experiments.augmentation import random_view, standardize
 from experiments.layers import convolve, max_pool
-from experiments.problems.problem import Problem, Settings
+from experiments.problems.image_problem import image_problem
 from experiments.tfds_sets import load_tfds
 
 
@@ -59,12 +60,13 @@ class Network(nnx.Module):
         return self.output(hidden)
 
 
-PROBLEM = Problem(
+PROBLEM = image_problem(
     name="cifar10",
     title="CIFAR-10",
     network_summary="conv 64, 96, 128 with max-pool; dense 512, 256, 10; ReLU",
-    settings=Settings(steps=25_000, batch_size=256, l2=0.002, evaluation_interval=500),
-    smoke=Settings(steps=4, batch_size=8, l2=0.002, evaluation_interval=2, images=16),
+    settings=Settings(steps=25_000, batch_size=256, evaluation_interval=500),
+    smoke=Settings(steps=4, batch_size=8, evaluation_interval=2, examples=16),
+    l2=0.002,
     load_data=functools.partial(load_tfds, "cifar10"),
     network=Network,
     test_input=standardize,

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from dissect_optax.dissection import Settings
 from experiments.augmentation import random_view, standardize
 from experiments.layers import convolve
-from experiments.problems.problem import Problem, Settings
+from experiments.problems.image_problem import image_problem
 from experiments.tfds_sets import load_tfds
 
 
@@ -79,16 +80,15 @@ def schedule(learning_rate: jax.typing.ArrayLike) -> optax.Schedule:
     return optax.piecewise_constant_schedule(learning_rate, {40_000: 0.1, 50_000: 0.1})
 
 
-PROBLEM = Problem(
+PROBLEM = image_problem(
     name="cifar100",
     title="CIFAR-100",
     network_summary=(
         "All-CNN-C: conv 96, 96, 96/2, 192, 192, 192/2, 192, 192, 100; ReLU; mean"
     ),
-    settings=Settings(
-        steps=60_000, batch_size=256, l2=0.0005, evaluation_interval=1000
-    ),
-    smoke=Settings(steps=4, batch_size=4, l2=0.0005, evaluation_interval=2, images=8),
+    settings=Settings(steps=60_000, batch_size=256, evaluation_interval=1000),
+    smoke=Settings(steps=4, batch_size=4, evaluation_interval=2, examples=8),
+    l2=0.0005,
     load_data=functools.partial(load_tfds, "cifar100"),
     network=Network,
     test_input=standardize,

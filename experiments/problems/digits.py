@@ -22,12 +22,12 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from experiments.data import Dataset, Examples
-from experiments.problems.problem import Problem, Settings
+from dissect_optax.dissection import Data, Settings
+from experiments.problems.image_problem import Examples, image_problem
 
 
-def load_data(data_dir: Path | None) -> Dataset:
-    """The fixed split; `data_dir` has no say, the images come with scikit-learn."""
+def load_data(data_dir: Path | None) -> Data:
+    """The fixed split; `data_dir` is ignored, the images come with scikit-learn."""
     del data_dir
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(
@@ -38,7 +38,7 @@ def load_data(data_dir: Path | None) -> Dataset:
         random_state=0,
     )
     training_images, test_images, training_labels, test_labels = map(jnp.asarray, split)
-    return Dataset(
+    return Data(
         training=Examples(training_images, training_labels),
         test=Examples(test_images, test_labels),
     )
@@ -67,12 +67,13 @@ def test_input(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 16
 
 
-PROBLEM = Problem(
+PROBLEM = image_problem(
     name="digits",
     title="Digits",
     network_summary="dense 100, 50, 10; ReLU",
-    settings=Settings(steps=1000, batch_size=16, l2=0.002, evaluation_interval=20),
-    smoke=Settings(steps=20, batch_size=8, l2=0.002, evaluation_interval=10),
+    settings=Settings(steps=1000, batch_size=16, evaluation_interval=20),
+    smoke=Settings(steps=20, batch_size=8, evaluation_interval=10),
+    l2=0.002,
     load_data=load_data,
     network=Network,
     test_input=test_input,

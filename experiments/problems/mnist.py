@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.problems.problem import Problem, Settings
+from dissect_optax.dissection import Settings
+from experiments.problems.image_problem import image_problem
 from experiments.tfds_sets import load_tfds
 
 
@@ -51,12 +52,13 @@ def test_input(image: jax.Array) -> jax.Array:
     return image.reshape(-1).astype(jnp.float32) / 255
 
 
-PROBLEM = Problem(
+PROBLEM = image_problem(
     name="mnist",
     title="MNIST",
     network_summary="dense 1000, 500, 100, 10; ReLU",
-    settings=Settings(steps=4000, batch_size=128, l2=0.02, evaluation_interval=200),
-    smoke=Settings(steps=4, batch_size=8, l2=0.02, evaluation_interval=2, images=16),
+    settings=Settings(steps=4000, batch_size=128, evaluation_interval=200),
+    smoke=Settings(steps=4, batch_size=8, evaluation_interval=2, examples=16),
+    l2=0.02,
     load_data=functools.partial(load_tfds, "mnist"),
     network=Network,
     test_input=test_input,

@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dissect_optax.dissection import to_text, write_atomically
 from experiments.figures import convergence as convergence_figure
 from experiments.figures import quadratics as quadratics_figure
 from experiments.figures import sign_map as map_figure
-from experiments.records import StudyRecord, to_text, write_atomically
 from experiments.studies import convergence, quadratics, readings, sign_map
-from experiments.studies.study import Study, complete
+from experiments.studies.study import Study, StudyRecord, complete
 
 Reading = list[dict[str, Any]]
 

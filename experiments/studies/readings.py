@@ -6,7 +6,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from experiments.records import StudyRecord
+from experiments.studies.study import StudyRecord
 
 # Fits a terminal of 80 columns.
 _LOOK: dict[str, Any] = {"box": box.SIMPLE, "pad_edge": False, "padding": (0, 1, 0, 0)}

@@ -1,15 +1,10 @@
 """Runs a study once, with a bar, and keeps its record beside those of the runs.
 
-runs/studies/quadratic_1f0c2a9b/
-    config.json         the study's settings
-    environment.json    what it ran on, when, by which command
-    evaluations.jsonl   one line per result
+A record is one file, runs/studies/quadratic_1f0c2a9b.json: the study's settings, what
+it ran on, and its results, one per line.
 """
 
 import dataclasses
-import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +12,12 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import track
 
-from experiments import interrupts
-from experiments.environment import environment
-from experiments.records import (
-    DRAFT_PREFIX,
-    StudyRecord,
+from dissect_optax.dissection import (
+    UserError,
     digest,
-    to_text,
-    write_atomically,
+    environment,
+    read_checked,
+    write_checked,
 )
 
 
@@ -43,6 +36,31 @@ class Study(Protocol):
         """The results, in the order in which they are finished."""
 
 
+@dataclasses.dataclass(frozen=True)
+class StudyRecord:
+    """A finished study of the theory.
+
+    Attributes:
+      path: Its file.
+      config: The settings.
+      environment: What it ran on.
+      results: Its results, one JSON object each.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    def select(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The results whose entries have these values, in their order."""
+        return [
+            result
+            for result in self.results
+            if all(result[key] == value for key, value in wanted.items())
+        ]
+
+
 def complete(study: Study, runs_dir: Path) -> StudyRecord:
     """The record of a study, which runs unless there is one.
 
@@ -52,52 +70,30 @@ def complete(study: Study, runs_dir: Path) -> StudyRecord:
 
     Returns:
       The record.
+
+    Raises:
+      UserError: There is a record, and it is damaged.
     """
     config = dataclasses.asdict(study)  # type: ignore[call-overload]
-    directory = runs_dir / "studies" / f"{study.name}_{digest(config)}"
-    if not directory.is_dir():
-        console = Console(stderr=True)
+    path = runs_dir / "studies" / f"{study.name}_{digest(config)}.json"
+    if not path.exists():
         results = track(
             study.run(),
             description=study.name,
             total=study.count,
-            console=console,
+            console=Console(stderr=True),
             transient=True,
         )
-        finished = []
-        for result in results:
-            interrupts.check()
-            finished.append(result)
-        _write(directory, config, finished)
-    return _read(directory)
-
-
-def _write(
-    directory: Path, config: dict[str, Any], results: list[dict[str, Any]]
-) -> None:
-    """Adds a finished record, which appears under its name when it is complete."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=directory.parent, prefix=DRAFT_PREFIX))
-    draft.chmod(0o755)
-    lines = "".join(json.dumps(result) + "\n" for result in results)
-    write_atomically(draft / "config.json", to_text(config))
-    write_atomically(draft / "environment.json", to_text(environment()))
-    write_atomically(draft / "evaluations.jsonl", lines)
+        content = {
+            "config": config,
+            "environment": environment(),
+            "results": list(results),
+        }
+        write_checked(path, content)
     try:
-        draft.rename(directory)
-    except OSError:
-        if not directory.is_dir():
-            raise
-        # Another process was faster.
-        shutil.rmtree(draft)
-
-
-def _read(directory: Path) -> StudyRecord:
-    """The record in a directory."""
-    lines = (directory / "evaluations.jsonl").read_text().splitlines()
-    return StudyRecord(
-        directory=directory,
-        config=json.loads((directory / "config.json").read_text()),
-        environment=json.loads((directory / "environment.json").read_text()),
-        results=[json.loads(line) for line in lines],
-    )
+        return StudyRecord(path, **read_checked(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"The record {path} cannot be read ({error}). Remove it to run the study"
+            " again."
+        ) from error

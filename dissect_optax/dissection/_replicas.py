@@ -1,21 +1,20 @@
-"""How many runs of one method this device trains at a time, as one program.
+"""Number of runs of one method that this device trains at a time, as one program.
 
 An accelerator is filled: it takes as many runs as its memory holds. A CPU is full with
 one run as soon as a step has enough arithmetic for its cores; below that, steps are
 mostly overhead, which a group of runs shares.
 """
 
-import functools
 import math
 import os
 from typing import Any
 
 import jax
 
-from experiments.data import Dataset
-from experiments.methods import Method
-from experiments.problems.problem import Problem, Settings
-from experiments.training import lower_gradient
+from dissect_optax.dissection._data import Data
+from dissect_optax.dissection._methods import Method
+from dissect_optax.dissection._problem import Problem, Settings
+from dissect_optax.dissection._training import lower_gradient
 
 # A core does this much in about a millisecond, many times the overhead of a step.
 _FLOPS_TO_FILL_A_CORE = 1e7
@@ -25,16 +24,16 @@ _LARGEST_ON_CPU = 10
 _SHARE_OF_MEMORY = 0.5
 
 
-def group_size(
-    problem: Problem, method: Method, settings: Settings, dataset: Dataset, wanted: int
+def replicas_per_program(
+    problem: Problem, method: Method, settings: Settings, data: Data, wanted: int
 ) -> int:
     """Number of runs that are trained at a time.
 
     Args:
-      problem: The test problem.
+      problem: The problem.
       method: The optimizer.
       settings: Batch size.
-      dataset: The data, on the device.
+      data: The data, on the device.
       wanted: Number of runs that there are to train.
 
     Returns:
@@ -43,14 +42,16 @@ def group_size(
     """
     if wanted == 1:
         return 1
+    lowered, params = lower_gradient(problem, method, settings, data.training)
     if jax.default_backend() == "cpu":
-        flops = _flops(problem, method, settings, _image_shape(dataset))
-        return filling_cores(flops, _cores())
+        analysis = lowered.cost_analysis() or {}
+        # A backend that does not say is taken to be full.
+        return filling_cores(analysis.get("flops", math.inf), _cores())
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:  # The device does not say.
         return max(wanted, 1)
-    size = _bytes(problem, method, settings, _image_shape(dataset))
-    return fitting_memory(size, memory - _nbytes(dataset), wanted)
+    free = memory - sum(leaf.nbytes for leaf in jax.tree.leaves(data))
+    return fitting_memory(_bytes_of_a_run(lowered, params), free, wanted)
 
 
 def filling_cores(flops: float, cores: int) -> int:
@@ -101,33 +102,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _image_shape(dataset: Dataset) -> tuple[int, ...]:
-    """Shape of one stored image."""
-    return dataset.training.image.shape[1:]
-
-
-def _nbytes(tree: object) -> int:
-    """Bytes of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-@functools.cache
-def _flops(
-    problem: Problem, method: Method, settings: Settings, image_shape: tuple[int, ...]
-) -> float:
-    """Floating-point operations in one gradient."""
-    lowered, _ = lower_gradient(problem, method, settings, image_shape)
-    analysis = lowered.cost_analysis() or {}
-    # A backend that does not say is taken to be full.
-    return analysis.get("flops", math.inf)
-
-
-@functools.cache
-def _bytes(
-    problem: Problem, method: Method, settings: Settings, image_shape: tuple[int, ...]
-) -> int:
+def _bytes_of_a_run(lowered: jax.stages.Lowered, params: Any) -> int:
     """Bytes that a run needs while it computes a gradient."""
-    lowered, params = lower_gradient(problem, method, settings, image_shape)
     memory: Any = lowered.compile().memory_analysis()
     parameters = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import dissect_optax
-from experiments.errors import UserError, unknown_name
+from dissect_optax.dissection._errors import UserError, unknown_name
 
 OptimizerFactory = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
@@ -70,7 +70,7 @@ def get_method(name: str) -> Method:
       The method.
 
     Raises:
-      UserError: There is none of this name, or it is no optimizer.
+      UserError: There is none of this name, or it is not an optimizer.
 
     Examples:
       >>> get_method("m_svag").label
@@ -79,7 +79,7 @@ def get_method(name: str) -> Method:
       'optax.adamw'
       >>> get_method("msvag")
       Traceback (most recent call last):
-      experiments.errors.UserError: There is no optimizer 'msvag'. Did you mean ...
+      dissect_optax.dissection._errors.UserError: There is no optimizer ...
     """
     if name in METHODS:
         return METHODS[name]
@@ -100,8 +100,8 @@ def get_method(name: str) -> Method:
         ) from None
     if not makes_optimizers(factory, 0.1):
         raise UserError(
-            f"'{name}' is no optimizer that needs a learning rate and gradients alone."
-            " Expected a path such as 'optax.adamw'."
+            f"'{name}' is not an optimizer that needs a learning rate and gradients"
+            " alone. Expected a path such as 'optax.adamw'."
         )
     return Method(name, name, factory, 0.1)
 

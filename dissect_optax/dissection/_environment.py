@@ -1,5 +1,6 @@
-"""What a command runs on: device, versions, source and date, as records keep them."""
+"""Device, versions, source and date of a run, as records keep them."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -28,15 +29,14 @@ _PACKAGES = (
 
 @functools.cache
 def _git_commit() -> str | None:
-    """Commit of the source tree, marked when files differ from it."""
+    """Commit of a source checkout of this project, with a mark if files differ."""
+    root = Path(dissect_optax.__file__).parent.parent
+    if not (root / ".git").exists():  # An installed package has no commit.
+        return None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(
-            describe,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
+            describe, cwd=root, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -53,10 +53,23 @@ def processor() -> str:
     return platform.processor()
 
 
+def _command() -> str:
+    """The command that runs, as a user would type it."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = [Path(sys.argv[0] or "python").name]
+    if spec is not None:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
 def environment() -> dict[str, Any]:
-    """Device, versions, command and date of what runs now."""
+    """Device, versions, command and date of this process."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -66,5 +79,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": _git_commit(),
         "dissect_optax": dissect_optax.__version__,
-        **{package: importlib.metadata.version(package) for package in _PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **versions,
     }

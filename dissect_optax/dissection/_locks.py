@@ -1,4 +1,4 @@
-"""One process at a time, where several may want to write the same files."""
+"""A lock between processes that may want to write the same files."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,20 +8,20 @@ import filelock
 
 
 @contextlib.contextmanager
-def only_process(path: Path, say: Callable[[str], None], news: str) -> Iterator[None]:
+def only_process(path: Path, say: Callable[[str], None], notice: str) -> Iterator[None]:
     """Waits until no other process is inside.
 
     Args:
       path: The file that stands for the lock; its directory exists.
       say: Shows a sentence to the user.
-      news: What it says, once, when another process is inside.
+      notice: The sentence, said once if another process is inside.
     """
     # The operating system frees the lock of a process that was killed.
     lock = filelock.FileLock(path)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        say(news)
+        say(notice)
         lock.acquire()
     try:
         yield

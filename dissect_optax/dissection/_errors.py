@@ -1,4 +1,4 @@
-"""What to say when something is not as it should be."""
+"""The error that users see, and its sentences."""
 
 import difflib
 import textwrap
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 _LONGEST_LINE = 600
 
 
-class UserError(Exception):
-    """Something the user can put right; the command line shows it without traceback."""
+class UserError(ValueError):
+    """Something the user can put right; a command line shows it without traceback."""
 
 
 def unknown_name(

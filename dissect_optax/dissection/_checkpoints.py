@@ -2,11 +2,11 @@
 
     runs/digits/m_svag/unfinished/1f0c2a9b/
         group.json          the runs of the group
-        checkpoints/        the newest states, by Orbax
+        checkpoints/        the newest state, by Orbax
 
 The state of a group and all it has measured go into one checkpoint, which Orbax makes
 visible when it is complete: a process that is killed while it writes, or that fills
-the disk, leaves the checkpoint before. A group that is resumed is the same program on
+the disk, leaves the previous checkpoint. A group that is resumed is the same program on
 the same arrays, so its records are the same to the last bit (but for the seconds).
 """
 
@@ -14,18 +14,18 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.errors import UserError, first_line
-from experiments.records import (
+from dissect_optax.dissection._errors import UserError, first_line
+from dissect_optax.dissection._records import (
     Measurement,
     RunConfig,
     Store,
@@ -35,10 +35,13 @@ from experiments.records import (
     measurement_from_json,
     measurement_to_json,
     naming,
-    to_text,
-    write_atomically,
+    read_checked,
+    write_checked,
 )
-from experiments.training import TrainState
+from dissect_optax.dissection._training import TrainState
+
+# More runs than any device trains at a time.
+_LARGEST_GROUP = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,25 @@ class Group:
 
     Attributes:
       configs: The runs.
-      size: Members of the program; copies of the last run fill empty places.
-      data: What tells the data they are trained on from others.
+      size: Replicas in the program; copies of the last run fill empty places.
+      data: Fingerprint of the data that they are trained on.
+
+    Raises:
+      ValueError: There are no runs, more than `size`, or runs of several methods.
+      TypeError: An entry has another type.
     """
 
     configs: tuple[RunConfig, ...]
     size: int
     data: str
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not isinstance(self.data, str):
+            raise TypeError("a size or a fingerprint has the wrong type")
+        if not 1 <= len(self.configs) <= self.size <= _LARGEST_GROUP:
+            raise ValueError(f"{len(self.configs)} runs in a group of {self.size}")
+        if len({(c.problem, c.optimizer, c.settings) for c in self.configs}) > 1:
+            raise ValueError("its runs do not belong together")
 
 
 @dataclasses.dataclass
@@ -65,16 +80,18 @@ class GroupProgress:
       step: Number of steps taken.
       seconds: Time it took so far, in all processes.
       evaluations: One list per run; that of a run that diverged ends there.
+      diagnostics: Per run, measurements of its gradients by step.
     """
 
     state: TrainState
     step: int
     seconds: float
     evaluations: list[list[Measurement]]
+    diagnostics: list[dict[int, dict[str, Any]]]
 
 
 def _folder(store: Store, group: Group) -> Path:
-    """Where the checkpoints of a group are."""
+    """Directory of a group's checkpoints."""
     first = group.configs[0]
     return (
         store.folder(first.problem, first.optimizer)
@@ -84,11 +101,11 @@ def _folder(store: Store, group: Group) -> Path:
 
 
 def _write_group(store: Store, group: Group) -> None:
-    """Notes which runs belong to the checkpoints."""
+    """Records which runs belong to the checkpoints."""
     configs = [config_to_json(config) for config in group.configs]
-    write_atomically(
+    write_checked(
         _folder(store, group) / "group.json",
-        to_text({"size": group.size, "data": group.data, "configs": configs}),
+        {"size": group.size, "data": group.data, "configs": configs},
     )
 
 
@@ -104,23 +121,23 @@ def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]
       The groups that have a checkpoint.
 
     Raises:
-      UserError: What says which runs belong to a checkpoint is damaged.
+      UserError: The list of the runs that belong to a checkpoint is damaged.
     """
     folder = store.folder(problem, optimizer) / "unfinished"
     groups = []
     for path in sorted(folder.glob("*/group.json")):
-        with _damage_named(path.parent):
-            content = json.loads(path.read_text())
+        with _as_user_error(path.parent):
+            content = read_checked(path)
             configs = tuple(config_from_json(config) for config in content["configs"])
             group = Group(configs, content["size"], content["data"])
-            if not 1 <= len(configs) <= group.size:
-                raise ValueError(f"{len(configs)} runs, expected 1 to {group.size}")
+            if path.parent != _folder(store, group):
+                raise ValueError("its runs belong to another directory")
             groups.append(group)
     return groups
 
 
 def save(store: Store, group: Group, progress: GroupProgress) -> None:
-    """Adds a checkpoint and drops the one before.
+    """Adds a checkpoint and drops the previous one.
 
     Args:
       store: The directory of records.
@@ -128,26 +145,31 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
       progress: How far they are.
 
     Raises:
-      OSError: The disk is full, say; the checkpoint before is whole.
+      OSError: The disk is full, say; the previous checkpoint is intact.
     """
     # Imported late: it takes seconds, and short jobs end before their first checkpoint.
     import orbax.checkpoint as ocp
 
     _write_group(store, group)
-    evaluations: Sequence[list[dict[str, float | None]]] = [
-        [measurement_to_json(line) for line in lines] for lines in progress.evaluations
-    ]
     content = _to_bytes(progress.state)
     measured = {
         "seconds": progress.seconds,
-        "evaluations": evaluations,
+        "evaluations": [
+            [measurement_to_json(line) for line in lines]
+            for lines in progress.evaluations
+        ],
+        "diagnostics": [
+            {str(step): values for step, values in found.items()}
+            for found in progress.diagnostics
+        ],
         "layout": _layout(progress.state),
-        "digest": _digest(content),
+        "bytes": _digest(content),
     }
+    measured["digest"] = digest(measured)
     folder = (_folder(store, group) / "checkpoints").absolute()
     with (
         naming(folder),
-        _full_disk_named(),
+        _full_disk_as_os_error(),
         ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -166,14 +188,14 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
 
 
 def _require_space(folder: Path, needed: int) -> None:
-    """Raises before any of the state is written when the disk has no room for it."""
+    """Raises before any of the state is written if the disk has no room for it."""
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager
-def _full_disk_named() -> Iterator[None]:
-    """Makes the operating system's error of what Orbax says about a full disk."""
+def _full_disk_as_os_error() -> Iterator[None]:
+    """Re-raises Orbax's error of a full disk as that of the operating system."""
     try:
         yield
     except ValueError as error:
@@ -190,15 +212,15 @@ def _layout(state: TrainState) -> list[str]:
 def _to_bytes(state: TrainState) -> np.ndarray:
     """All of a state in one array.
 
-    Orbax reads several arrays at a time, and where one is damaged it leaves the others
-    half read, to be heard of later; and it saves no empty array.
+    Orbax reads several arrays at a time. Where one is damaged it leaves the others half
+    read, and they raise warnings later. It does not save empty arrays, either.
     """
     parts = [_numbers(leaf) for leaf in jax.tree.leaves(state)]
     return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
 
 def _digest(content: np.ndarray) -> str:
-    """What tells these bytes from others: most storage keeps them, not all."""
+    """Digest of the bytes: not every storage keeps them."""
     return hashlib.sha256(content.data).hexdigest()
 
 
@@ -217,7 +239,7 @@ def _from_bytes(content: np.ndarray, template: TrainState) -> TrainState:
 
 
 def _numbers(leaf: jax.Array) -> np.ndarray:
-    """What an array holds, also one of random keys."""
+    """The numbers of an array, also of one of random keys."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf)
@@ -240,10 +262,10 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
       template: A state of this group, before its first step for example.
 
     Returns:
-      How far the group is, or None without a checkpoint.
+      How far the group is, None without a checkpoint.
 
     Raises:
-      UserError: There is a checkpoint, and it is not what was written.
+      UserError: The checkpoint is damaged, or not one of this group.
     """
     folder = _folder(store, group)
     if not (folder / "checkpoints").is_dir():
@@ -254,17 +276,19 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
         step = manager.latest_step()
         if step is None:
             return None
-        with _damage_named(folder):
+        with _as_user_error(folder):
             measured = manager.restore(
                 step, args=ocp.args.Composite(measured=ocp.args.JsonRestore())
             ).measured
+            if measured.pop("digest") != digest(measured):
+                raise ValueError("its measurements are not those that were written")
             if measured["layout"] != _layout(template):
                 raise ValueError("its arrays are not those of this optimizer")
             blank = {"bytes": np.empty_like(_to_bytes(template))}
             content = manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
             ).state["bytes"]
-            if measured["digest"] != _digest(content):
+            if measured["bytes"] != _digest(content):
                 raise ValueError("its numbers are not those that were written")
             return GroupProgress(
                 state=_from_bytes(content, template),
@@ -274,12 +298,16 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
                     [measurement_from_json(line) for line in lines]
                     for lines in measured["evaluations"]
                 ],
+                diagnostics=[
+                    {int(step): values for step, values in found.items()}
+                    for found in measured["diagnostics"]
+                ],
             )
 
 
 @contextlib.contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
-    """Makes a sentence of whatever a damaged file ends in."""
+def _as_user_error(folder: Path) -> Iterator[None]:
+    """Re-raises read failures as a UserError."""
     try:
         yield
     except Exception as error:  # Orbax raises what its readers do, `Exception` too.
@@ -290,7 +318,7 @@ def _damage_named(folder: Path) -> Iterator[None]:
 
 
 def remove(store: Store, group: Group) -> None:
-    """Forgets the checkpoints of a group whose records are written."""
+    """Removes the checkpoints of a group whose records are written."""
     folder = _folder(store, group)
     shutil.rmtree(folder, ignore_errors=True)
     # There may be other groups, or none may ever have had a checkpoint.

@@ -1,0 +1,381 @@
+"""From wanted runs to records: missing runs are trained, group by group."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dissect_optax.dissection import _checkpoints as checkpoints
+from dissect_optax.dissection import _interrupts as interrupts
+from dissect_optax.dissection._checkpoints import Group, GroupProgress
+from dissect_optax.dissection._data import Data, fingerprint, first_examples, hold_out
+from dissect_optax.dissection._environment import environment
+from dissect_optax.dissection._evaluation import evaluate
+from dissect_optax.dissection._methods import Method
+from dissect_optax.dissection._problem import Problem, Settings
+from dissect_optax.dissection._progress import GroupReport, Monitor
+from dissect_optax.dissection._records import Measurement, Record, RunConfig, Store
+from dissect_optax.dissection._replicas import replicas_per_program
+from dissect_optax.dissection._training import Replica, advance, initialise
+
+# Between two calls are progress, checkpoints and signals.
+_LONGEST_CALL = 5.0  # Seconds.
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Measurements on the parameters of one run while it is trained.
+
+    Attributes:
+      seed: The run's seed.
+      measure: From parameters to a JSON object.
+    """
+
+    seed: int
+    measure: Callable[[Any], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the runs of one command share.
+
+    Attributes:
+      problem: The problem.
+      settings: Length, batch size and evaluations of its runs.
+      store: Where the records are.
+      monitor: Where progress is shown.
+      data_dir: Directory of the data, None for the usual place.
+      checkpoint_seconds: Least time between two checkpoints of a group.
+      replicas: Runs that are trained at a time; None to fill the device.
+      diagnosis: Measurements at the first, the middle and the last evaluation.
+    """
+
+    problem: Problem
+    settings: Settings
+    store: Store
+    monitor: Monitor
+    data_dir: Path | None = None
+    checkpoint_seconds: float = 30.0
+    replicas: int | None = None
+    diagnosis: Diagnosis | None = None
+
+    @property
+    def data(self) -> Data:
+        """The data, on the device."""
+        return _data(
+            self.problem,
+            self.data_dir,
+            self.settings.validation_fraction,
+            self.settings.examples,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Sizes and digest of the data."""
+        return _fingerprint(self.problem, self.data_dir)
+
+    def check_data(self) -> None:
+        """Loads the data, so that errors in them are reported before any work."""
+        if not self.store.in_memory:
+            self.store.check_data(self.problem.name, self.fingerprint)
+
+    def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
+        """The configuration of one run."""
+        return RunConfig(
+            problem=self.problem.name,
+            optimizer=method.name,
+            learning_rate=learning_rate,
+            seed=seed,
+            settings=self.settings,
+            description=dict(self.problem.description),
+        )
+
+
+@functools.cache
+def _whole_data(problem: Problem, data_dir: Path | None) -> Data:
+    """The data, on the device, loaded once per process."""
+    return jax.tree.map(jnp.asarray, problem.load_data(data_dir))
+
+
+@functools.cache
+def _fingerprint(problem: Problem, data_dir: Path | None) -> str:
+    """The fingerprint of the data, computed once per process."""
+    return fingerprint(_whole_data(problem, data_dir))
+
+
+@functools.cache
+def _data(
+    problem: Problem,
+    data_dir: Path | None,
+    validation_fraction: float,
+    examples: int | None,
+) -> Data:
+    """The part of the data that the settings ask for."""
+    whole = _whole_data(problem, data_dir)
+    parts = (first_examples(part, examples) for part in (whole.training, whole.test))
+    return hold_out(Data(*parts), validation_fraction)
+
+
+def _measurement(
+    evaluation: dict[str, np.ndarray], index: int, step: int, seconds: float
+) -> Measurement:
+    """The evaluation of one run."""
+    # The shortest decimal number that is this float32 keeps records short.
+    values = {name: float(str(column[index])) for name, column in evaluation.items()}
+    return Measurement(step, round(seconds, 3), values)
+
+
+def _replicas(group: Group) -> Replica:
+    """Step sizes and seeds of a group, on the device.
+
+    Empty places are filled by copies of the last run: a group of another size would be
+    another program, and compiling takes longer than the copies do.
+    """
+    empty = group.size - len(group.configs)
+    padded = [*group.configs, *[group.configs[-1]] * empty]
+    return Replica(
+        learning_rate=jnp.array([c.learning_rate for c in padded], jnp.float32),
+        seed=jnp.array([c.seed for c in padded], jnp.uint32),
+    )
+
+
+def _range_of(group: Group) -> str:
+    """Which step sizes and seeds a group has, in a few words."""
+    rates = [config.learning_rate for config in group.configs]
+    seeds = [config.seed for config in group.configs]
+    sizes = f"step size {rates[0]:g}"
+    if min(rates) < max(rates):
+        sizes = f"step sizes {min(rates):g} to {max(rates):g}"
+    if min(seeds) < max(seeds):
+        return f"{sizes}, seeds {min(seeds)} to {max(seeds)}"
+    return f"{sizes}, seed {seeds[0]}"
+
+
+def _alive(progress: GroupProgress) -> list[int]:
+    """The runs that have not diverged."""
+    return [
+        index
+        for index, lines in enumerate(progress.evaluations)
+        if not lines or math.isfinite(lines[-1]["training_loss"])
+    ]
+
+
+def _newest(progress: GroupProgress) -> list[Measurement]:
+    """The last measurement of every run."""
+    return [lines[-1] for lines in progress.evaluations]
+
+
+def _is_evaluated(progress: GroupProgress) -> bool:
+    """Whether the group has been evaluated at its current step."""
+    return any(
+        lines and lines[-1].step == progress.step for lines in progress.evaluations
+    )
+
+
+def _add_evaluation(
+    job: Job,
+    group: Group,
+    replicas: Replica,
+    progress: GroupProgress,
+    started: float,
+) -> None:
+    """Measures every run that has not diverged, unless a signal arrives."""
+    evaluation = evaluate(
+        job.problem,
+        job.settings,
+        job.data,
+        replicas,
+        progress.state.step,
+        progress.state.params,
+        stop=interrupts.arrived,
+    )
+    if evaluation is None:
+        return
+    progress.seconds = time.perf_counter() - started
+    for index in _alive(progress):
+        progress.evaluations[index].append(
+            _measurement(evaluation, index, progress.step, progress.seconds)
+        )
+    _add_diagnosis(job, group, progress)
+
+
+def diagnosed_steps(settings: Settings) -> tuple[int, int, int]:
+    """The first evaluated step, the one at or just below the middle, and the last.
+
+    Examples:
+      >>> diagnosed_steps(Settings(steps=100, batch_size=8, evaluation_interval=20))
+      (0, 40, 100)
+    """
+    interval = settings.evaluation_interval
+    return 0, settings.steps // 2 // interval * interval, settings.steps
+
+
+def _add_diagnosis(job: Job, group: Group, progress: GroupProgress) -> None:
+    """Measures the run that is to be diagnosed, if it is time and it is there."""
+    is_due = progress.step in diagnosed_steps(job.settings)
+    if job.diagnosis is None or not is_due:
+        return
+    for index in _alive(progress):
+        if group.configs[index].seed == job.diagnosis.seed:
+            params = jax.tree.map(lambda leaf, i=index: leaf[i], progress.state.params)
+            found = dict(job.diagnosis.measure(params))
+            progress.diagnostics[index][progress.step] = found
+
+
+def _begin(job: Job, method: Method, group: Group, replicas: Replica) -> GroupProgress:
+    """The group at its last checkpoint, or before its first step; evaluated there."""
+    started = time.perf_counter()
+    state = initialise(job.problem, method, replicas)
+    progress = None
+    if not job.store.in_memory:
+        progress = checkpoints.restore(job.store, group, template=state)
+    if progress is None:
+        runs = len(group.configs)
+        progress = GroupProgress(
+            state, 0, 0.0, [[] for _ in range(runs)], [{} for _ in range(runs)]
+        )
+    started -= progress.seconds
+    is_due = progress.step % job.settings.evaluation_interval == 0
+    if is_due and not _is_evaluated(progress):
+        _add_evaluation(job, group, replicas, progress, started)
+    return progress
+
+
+def steps_of_next_call(steps: int, seconds: float) -> int:
+    """How many steps to take in one call, from what they took in the last one.
+
+    Examples:
+      The first call is slow, since it compiles.
+
+      >>> steps_of_next_call(1, 30.0), steps_of_next_call(1, 0.01)
+      (1, 2)
+      >>> steps_of_next_call(64, 2.0), steps_of_next_call(64, 30.0)
+      (64, 32)
+    """
+    if seconds > _LONGEST_CALL:
+        return max(steps // 2, 1)
+    return 2 * steps if seconds < _LONGEST_CALL / 4 else steps
+
+
+def _train(
+    job: Job,
+    method: Method,
+    group: Group,
+    replicas: Replica,
+    progress: GroupProgress,
+    report: GroupReport,
+) -> None:
+    """Takes a group to its last step; saves it now and then, and before a signal."""
+    settings, interval = job.settings, job.settings.evaluation_interval
+    last_save = time.perf_counter()
+    started = last_save - progress.seconds
+    at_a_time = 1
+    while progress.step < settings.steps and _alive(progress):
+        called = time.perf_counter()
+        steps = min(at_a_time, interval - progress.step % interval)
+        progress.state = advance(
+            job.problem,
+            method,
+            settings,
+            steps,
+            job.data,
+            replicas,
+            progress.state,
+        )
+        progress.step += steps
+        jax.block_until_ready(progress.state)
+        seconds = (time.perf_counter() - called) * at_a_time / steps
+        at_a_time = min(steps_of_next_call(at_a_time, seconds), interval)
+        progress.seconds = time.perf_counter() - started
+        if progress.step % interval == 0:
+            _add_evaluation(job, group, replicas, progress, started)
+        report(progress.step, _newest(progress))
+        is_due = time.perf_counter() - last_save >= job.checkpoint_seconds
+        if not job.store.in_memory and (is_due or interrupts.arrived()):
+            checkpoints.save(job.store, group, progress)
+            last_save = time.perf_counter()
+        interrupts.check()
+
+
+def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
+    """Trains a group, from where an earlier process left it, to its records."""
+    replicas = _replicas(group)
+    with (
+        job.monitor.group(title, job.settings.steps) as report,
+        interrupts.deferred(),
+    ):
+        progress = _begin(job, method, group, replicas)
+        # Nothing is lost yet.
+        interrupts.check()
+        report.begin(progress.step, _newest(progress))
+        _train(job, method, group, replicas, progress, report)
+        ran_on = environment() | {"data": group.data}
+        for config, lines, found in zip(
+            group.configs, progress.evaluations, progress.diagnostics, strict=True
+        ):
+            job.store.write(Record(config, tuple(lines), ran_on, found))
+        if not job.store.in_memory:
+            checkpoints.remove(job.store, group)
+    # One that came after the last steps.
+    interrupts.check()
+
+
+def _unfinished(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Group]:
+    """The groups of an earlier process that hold some of the missing runs."""
+    groups = []
+    for group in checkpoints.unfinished_groups(
+        job.store, job.problem.name, method.name
+    ):
+        if set(group.configs) & set(missing):
+            groups.append(group)
+        elif all(job.store.find(config) for config in group.configs):
+            # The process died after its last record.
+            checkpoints.remove(job.store, group)
+    return groups
+
+
+def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Group]:
+    """The missing runs in groups; those that have a checkpoint come first."""
+    groups = [] if job.store.in_memory else _unfinished(job, method, missing)
+    resumed = {config for group in groups for config in group.configs}
+    fresh = [config for config in missing if config not in resumed]
+    if not fresh:
+        return groups
+    size = job.replicas or replicas_per_program(
+        job.problem, method, job.settings, job.data, len(fresh)
+    )
+    for first in range(0, len(fresh), size):
+        configs = tuple(fresh[first : first + size])
+        groups.append(Group(configs, size, job.fingerprint))
+    return groups
+
+
+def complete(
+    job: Job, method: Method, title: str, configs: Sequence[RunConfig]
+) -> list[Record]:
+    """The records of these runs; those that are not finished are trained first.
+
+    Args:
+      job: Problem, settings, store and monitor.
+      method: The method of all these runs.
+      title: Purpose of the runs, shown with their progress.
+      configs: The runs.
+
+    Returns:
+      Their records, in the order of `configs`.
+    """
+    store = job.store
+    with store.lock(job.problem.name, method.name, job.monitor.say):
+        job.check_data()
+        missing = [config for config in configs if store.find(config) is None]
+        for group in _groups(job, method, missing):
+            _run_group(job, method, f"{title}, {_range_of(group)}", group)
+    found = [store.find(config) for config in configs]
+    return [record for record in found if record is not None]
