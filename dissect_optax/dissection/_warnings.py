@@ -89,10 +89,10 @@ class StepSizeAtGridEdge(DissectionWarning):
         """The warning in plain language."""
         edge = "smallest" if self.learning_rate <= self.smallest else "largest"
         return (
-            f"{self.method} at batch size {self.batch_size} did best at the {edge}"
-            f" step size that counted, {self.learning_rate:g} of {self.smallest:g} to"
-            f" {self.largest:g}; a better one may lie outside, and its effects are then"
-            " understated or overstated."
+            f"{self.method} at batch size {self.batch_size} did best at"
+            f" {self.learning_rate:g}, the {edge} of the stable step sizes that were"
+            f" tried ({self.smallest:g} to {self.largest:g}). A better one may lie"
+            " beyond, and the method may do better than its effects say."
         )
 
 
