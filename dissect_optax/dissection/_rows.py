@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeGuard, TypeVar
 
 Role = Literal["tuning", "replicate", "race"]
 When = Literal["start", "middle", "end"]
@@ -230,7 +230,7 @@ class Rows(tuple[RowT, ...]):
         return pandas.DataFrame([line for row in self for line in row.to_records()])
 
 
-def is_interval(value: Any) -> bool:
+def is_interval(value: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether an entry of the diagnostics is an interval.
 
     Examples:

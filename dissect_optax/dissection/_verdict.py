@@ -265,7 +265,7 @@ def _about_crossovers(
 
 
 def _label_of_column(column: str, labels: Mapping[str, str]) -> str:
-    """ "ADAM instead of M-SGD" for "adam − m_sgd"."""
+    """The comparison in words: ADAM instead of M-SGD for "adam − m_sgd"."""
     return " instead of ".join(labels.get(name, name) for name in column.split(" − "))
 
 
