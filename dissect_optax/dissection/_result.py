@@ -42,10 +42,11 @@ from dissect_optax.dissection._rows import (
 from dissect_optax.dissection._verdict import (
     Reading,
     column_effect,
+    decimals_for,
+    effect_numbers,
     plain,
     readings,
     scope,
-    signed,
 )
 from dissect_optax.dissection._warnings import (
     DissectionWarning,
@@ -171,7 +172,8 @@ class Dissection:
         }
 
     @functools.cached_property
-    def _headline(self) -> dict[int, Effects]:
+    def headline_effects(self) -> dict[int, Effects]:
+        """Effects and comparisons on the mean log training loss, by batch size."""
         return self._effects_of("log_loss")
 
     @property
@@ -180,12 +182,17 @@ class Dissection:
 
         `effects[32]["sign"]`, "variance_adaptation" and "interaction".
         """
-        return {size: EffectTable(row.effects) for size, row in self._headline.items()}
+        return {
+            size: EffectTable(row.effects)
+            for size, row in self.headline_effects.items()
+        }
 
     @property
     def comparisons(self) -> dict[int, dict[str, Comparison]]:
         """Two methods against each other, by batch size and "adam − m_svag", say."""
-        return {size: dict(row.comparisons) for size, row in self._headline.items()}
+        return {
+            size: dict(row.comparisons) for size, row in self.headline_effects.items()
+        }
 
     @functools.cached_property
     def secondary(self) -> dict[str, dict[int, Effects]]:
@@ -204,7 +211,7 @@ class Dissection:
     @functools.cached_property
     def crossovers(self) -> list[Crossover]:
         """Batch sizes between which an effect was seen to change its sign."""
-        return crossovers(self._headline)
+        return crossovers(self.headline_effects)
 
     @functools.cached_property
     def race_effects(self) -> dict[int, Effects]:
@@ -243,7 +250,7 @@ class Dissection:
         """The forecasts beside the effects of full training, where there are both."""
         scores = {}
         for batch_size, forecasts in self.forecast.items():
-            trained = self._headline[batch_size]
+            trained = self.headline_effects[batch_size]
             found = {
                 column: ForecastScore(forecast, column_effect(trained, column))
                 for column, forecast in forecasts.items()
@@ -260,7 +267,7 @@ class Dissection:
             self.setup,
             self.runs,
             self.measurements,
-            self._headline,
+            self.headline_effects,
             self.secondary if any(r.role == "replicate" for r in self.runs) else {},
             self.crossovers,
             [entry for row in self.forecast.values() for entry in row.values()],
@@ -355,26 +362,27 @@ class Dissection:
 
     def __rich__(self) -> "Group":
         from rich.console import Group
-        from rich.padding import Padding
         from rich.text import Text
 
-        parts: list[Any] = [Text(self.headline, style="bold"), Text()]
+        parts: list[Any] = [Text(self.title_line, style="bold"), Text()]
         race = self.setup.budget == "race"
-        shown = self.race_effects if race else self._headline
+        shown = self.race_effects if race else self.headline_effects
         if any(row.effects for row in shown.values()):
-            parts += [_effects_as_table(shown, race), Text()]
-        parts += [self._methods_as_table(), Text(), Text("Verdict", style="bold")]
-        for reading in self.verdict:
-            if reading.evidence["table"] in _TERMINAL_TABLES:
-                parts.append(Padding(Text(f"• {reading.text}"), (0, 0, 0, 2)))
+            parts.append(_effects_as_table(shown, race))
+        parts += [self._methods_as_table(), Text("Verdict", style="bold")]
+        said = [
+            reading.text
+            for reading in self.verdict
+            if reading.evidence["table"] in _TERMINAL_TABLES
+        ]
+        parts.append(_bullets(said))
         if self.warnings:
             parts += [Text(), Text("Warnings", style="bold")]
-            for warning in self.warnings:
-                parts.append(Padding(Text(f"• {warning}"), (0, 0, 0, 2)))
+            parts.append(_bullets(map(str, self.warnings)))
         return Group(*parts, Text(), Text(self.scope))
 
     @property
-    def headline(self) -> str:
+    def title_line(self) -> str:
         """Title and size of the problem in one line."""
         setup = self.setup
         return (
@@ -388,10 +396,10 @@ class Dissection:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-        for column in ("batch", "method"):
-            table.add_column(column)
+        table.add_column("batch", no_wrap=True)
+        table.add_column("method")
         for column in ("step size", "log loss", "final log loss", "diverged"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for summary in self.summaries:
             table.add_row(
                 f"{summary.batch_size:,}",
@@ -495,14 +503,27 @@ def mean_with_std(value: tuple[float, float] | None) -> str:
 
     Examples:
       >>> mean_with_std((-1.25, 0.1)), mean_with_std((-1.25, math.nan))
-      ('−1.25 ± 0.1', '−1.25')
+      ('−1.25 ± 0.10', '−1.25')
       >>> mean_with_std(None)
       '–'
     """
-    if value is None:
+    if value is None or not math.isfinite(value[0]):
         return "–"
     mean, std = value
-    return plain(mean) + ("" if math.isnan(std) else f" ± {std:.2g}")
+    decimals = decimals_for(std)
+    deviation = "" if math.isnan(std) else f" ± {std:.{decimals}f}"
+    return f"{mean:.{decimals}f}{deviation}".replace("-", "−")
+
+
+def _bullets(sentences: Iterable[str]) -> "Table":
+    """Sentences with a hanging indent, for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        grid.add_row("•", Text(sentence))
+    return grid
 
 
 def _effects_as_table(by_batch_size: Mapping[int, Effects], race: bool) -> "Table":
@@ -534,9 +555,8 @@ def _effects_as_table(by_batch_size: Mapping[int, Effects], race: bool) -> "Tabl
 
 def _effect_cell(effect: Effect) -> str:
     """An effect in a cell of a table."""
-    numbers = (
-        f"{signed(effect.estimate)}\n{signed(effect.low)} to {signed(effect.high)}"
-    )
+    estimate, low, high = effect_numbers(effect)
+    numbers = f"{estimate}\n{low} to {high}"
     return numbers if effect.decided else f"{numbers}\nnot decided"
 
 

@@ -36,6 +36,9 @@ SUBJECTS = {
 }
 
 
+_MOST_DECIMALS = 6
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """One sentence of the verdict.
@@ -55,23 +58,53 @@ class Reading:
 # ---- Numbers as text --------------------------------------------------------------
 
 
-def signed(value: float) -> str:
-    """A number with its sign and a true minus.
+def with_decimals(value: float, decimals: int) -> str:
+    """A number with so many decimals, its sign and a true minus.
 
     Examples:
-      >>> signed(-0.5), signed(0.25), signed(math.nan)
-      ('−0.50', '+0.25', '–')
+      >>> with_decimals(-0.5, 2), with_decimals(0.25, 3), with_decimals(-math.inf, 2)
+      ('−0.50', '+0.250', '−∞')
     """
     if math.isnan(value):
         return "–"
     if math.isinf(value):
-        return "−∞" if value < 0 else "∞"
-    # Small effects, of an accuracy for example, keep two digits that count.
-    digits = 2 if abs(value) >= 0.1 or value == 0 else 3
-    text = f"{value:+.{digits}f}"
-    if abs(value) < 0.005 and value != 0:
-        text = f"{value:+.1e}"
-    return text.replace("-", "−")
+        return "−∞" if value < 0 else "+∞"
+    if not round(value, decimals):
+        return f"{0.0:.{decimals}f}"
+    return f"{value:+.{decimals}f}".replace("-", "−")
+
+
+def decimals_for(size: float) -> int:
+    """Decimals that show two digits of a size; at least two, at most six.
+
+    Examples:
+      >>> decimals_for(0.3), decimals_for(0.0123), decimals_for(0.0), decimals_for(12.0)
+      (2, 3, 2, 2)
+    """
+    if not (math.isfinite(size) and size > 0):
+        return 2
+    return min(max(1 - math.floor(math.log10(size)), 2), _MOST_DECIMALS)
+
+
+def effect_numbers(effect: Effect) -> tuple[str, str, str]:
+    """Estimate and ends of the interval, with as many decimals as the interval bears.
+
+    Examples:
+      >>> effect_numbers(Effect(-0.4937, -0.5081, -0.4793, 5))
+      ('−0.494', '−0.508', '−0.479')
+    """
+    size = effect.half_width
+    # Without an interval, as many as the estimate needs.
+    if not (math.isfinite(size) and size > 0):
+        size = abs(effect.estimate)
+    decimals = decimals_for(size)
+    values = (effect.estimate, effect.low, effect.high)
+    if effect.excludes_zero:
+        # An end close to zero must not read as zero.
+        while decimals < _MOST_DECIMALS and not round(min(map(abs, values)), decimals):
+            decimals += 1
+    first, second, third = (with_decimals(value, decimals) for value in values)
+    return first, second, third
 
 
 def plain(value: float) -> str:
@@ -97,12 +130,25 @@ def interval_text(effect: Effect) -> str:
       >>> interval_text(Effect(-0.5, -math.inf, math.inf, 1))
       '95 % interval unbounded, n = 1'
     """
-    if math.isinf(effect.half_width):
+    if not math.isfinite(effect.half_width):
         return f"95 % interval unbounded, n = {effect.pairs}"
-    return (
-        f"95 % interval {signed(effect.low)} to {signed(effect.high)},"
-        f" n = {effect.pairs}"
-    )
+    _, low, high = effect_numbers(effect)
+    return f"95 % interval {low} to {high}, n = {effect.pairs}"
+
+
+def effect_text(effect: Effect) -> str:
+    """Estimate, interval and number of pairs.
+
+    Examples:
+      >>> effect_text(Effect(-0.5, -0.6, -0.4, 5))
+      '−0.50 (95 % interval −0.60 to −0.40, n = 5)'
+    """
+    return f"{effect_numbers(effect)[0]} ({interval_text(effect)})"
+
+
+def _size_text(effect: Effect) -> str:
+    """Estimate without its sign, interval and number of pairs."""
+    return effect_text(effect).removeprefix("−").removeprefix("+")
 
 
 def effect_evidence(effect: Effect, **cell: Any) -> dict[str, Any]:
@@ -136,23 +182,26 @@ def anchor(evidence: Mapping[str, Any]) -> str:
 def _too_few(effect: Effect, where: str, subject: str) -> str | None:
     """The sentence for an effect with fewer than two pairs of runs."""
     if effect.pairs == 0:
+        reason = (
+            f"a run diverged at each of {effect.diverged} seeds"
+            if effect.diverged
+            else "no seed has a run of every method"
+        )
         return (
-            f"{where}, nothing can be said about {subject}: at each of"
-            f" {effect.diverged} seeds a run diverged"
+            f"{where}, nothing can be said about {subject}: {reason}"
             f" ({interval_text(effect)})."
         )
     if effect.pairs == 1:
         return (
             f"{where}, nothing can be decided about {subject}: the difference was"
-            f" {signed(effect.estimate)} ({interval_text(effect)}), and an interval"
-            " from one seed is unbounded."
+            f" {effect_text(effect)}, and an interval from one seed is unbounded."
         )
     return None
 
 
 def _no_difference(effect: Effect, where: str, subject: str) -> str:
     """The sentence for an effect that is not decided."""
-    numbers = f"{signed(effect.estimate)} ({interval_text(effect)})"
+    numbers = effect_text(effect)
     if effect.excludes_zero:
         return (
             f"{where}, no difference that counts is seen from {subject}: {numbers} is"
@@ -173,7 +222,7 @@ def _lowers(effect: Effect, where: str, subject: str, what: str) -> str:
     lower = effect.estimate < 0
     decided = (
         f"{where}, {subject} {'lowers' if lower else 'raises'} {what} by"
-        f" {plain(abs(effect.estimate))} ({interval_text(effect)}), which is a loss"
+        f" {_size_text(effect)}, which is a loss"
         f" {'lower' if lower else 'higher'} by a factor of"
         f" {plain(_exponential(abs(effect.estimate)))}."
     )
@@ -193,8 +242,8 @@ def _effect_sentence(column: str, effect: Effect, where: str) -> str:
     side = "lower" if effect.estimate < 0 else "higher"
     decided = (
         f"{where}, the sign and variance adaptation interact: together they make the"
-        f" mean log training loss {plain(abs(effect.estimate))} {side}"
-        f" ({interval_text(effect)}) than the sum of what each does alone."
+        f" mean log training loss {side} than the sum of what each does alone, by"
+        f" {_size_text(effect)}."
     )
     return _sentence(effect, where, SUBJECTS[column], decided)
 
@@ -250,17 +299,18 @@ def _about_crossovers(
         for batch_size in (crossover.low, crossover.high):
             found = by_batch_size[batch_size]
             effect = column_effect(found, crossover.column)
-            numbers.append(
-                f"{signed(effect.estimate)} at {batch_size:,} ({interval_text(effect)})"
-            )
+            numbers.append(f"at {batch_size:,} it is {effect_text(effect)}")
         subject = SUBJECTS.get(crossover.column)
         subject = subject or _label_of_column(crossover.column, setup.methods)
         yield Reading(
             f"The effect of {subject} on the mean log training loss over"
             f" {setup.steps:,} steps changes its sign between batch sizes"
-            f" {crossover.low:,} and {crossover.high:,}: {numbers[0]},"
-            f" {numbers[1]}.",
-            {"table": "crossovers", **dataclasses.asdict(crossover)},
+            f" {crossover.low:,} and {crossover.high:,}: {numbers[0]}, {numbers[1]}.",
+            {
+                "table": "crossovers",
+                "when": crossover.low,
+                **dataclasses.asdict(crossover),
+            },
         )
 
 
@@ -296,7 +346,7 @@ def _about_secondary(
                 else:
                     decided = (
                         f"{where}, {subject} changes {quantity} by"
-                        f" {signed(effect.estimate)} ({interval_text(effect)})."
+                        f" {effect_text(effect)}."
                     )
                     of_metric = f"{subject} in {quantity}"
                     text = _sentence(effect, where, of_metric, decided)
@@ -364,7 +414,7 @@ def _about_forecasts(
     """Readings of what a race forecasts, and of what became of it."""
     for forecast in forecasts:
         subject = _subject(forecast.column, setup.methods)
-        numbers = f"{signed(forecast.race.estimate)} ({interval_text(forecast.race)})"
+        numbers = effect_text(forecast.race)
         where = f"At batch size {forecast.batch_size:,}"
         race = (
             f"over the {forecast.race_steps:,} steps of the race its effect on the"
@@ -400,10 +450,8 @@ def _about_forecasts(
         }[score.score]
         yield Reading(
             f"At batch size {forecast.batch_size:,}, the forecast about {subject}"
-            f" {said}: {signed(forecast.race.estimate)}"
-            f" ({interval_text(forecast.race)}) over {forecast.race_steps:,} steps,"
-            f" {signed(trained.estimate)} ({interval_text(trained)}) over"
-            f" {forecast.steps:,}.",
+            f" {said}: {effect_text(forecast.race)} over {forecast.race_steps:,} steps,"
+            f" {effect_text(trained)} over {forecast.steps:,}.",
             effect_evidence(
                 trained,
                 table="forecasts",
