@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 _TEMPLATE = "_report.html.j2"
 _LONGEST_VALUE = 300  # Characters of an entry about the environment.
 
-# Titles of the groups of sentences, by the table behind them.
+# Where the sentences go, by the table behind them.
 _GROUPS = {
-    "Effects": ("effects", "comparisons", "crossovers", "methods"),
-    "Forecast of the race": ("forecasts",),
-    "Final loss and metrics": ("secondary",),
-    "Measurements: the next step": ("measurements",),
+    "effects": ("effects", "comparisons", "crossovers", "methods"),
+    "forecasts": ("forecasts",),
+    "secondary": ("secondary",),
+    "measurements": ("measurements",),
 }
 _NAMES = {
     "sign": "sign",
@@ -57,12 +57,19 @@ def render(result: "Dissection", *, fragment: bool) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["plain"] = plain
+    environment.filters["tied"] = _tied
     source = resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8")
     # Several results in one notebook must not share ids.
     prefix = "d" + hashlib.sha256(result.to_json().encode()).hexdigest()[:6]
     return environment.from_string(source).render(
         fragment=fragment, **_context(result, prefix)
+    )
+
+
+def _tied(text: str) -> str:
+    """The text with no line break inside "95 %" and "n = 5"."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace(
+        " = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
     )
 
 
@@ -103,21 +110,19 @@ def _id(prefix: str, **cell: Any) -> str:
     return f"{prefix}-{anchor(cell)}"
 
 
-def _verdict(result: "Dissection", prefix: str) -> list[dict[str, Any]]:
+def _verdict(result: "Dissection", prefix: str) -> dict[str, list[dict[str, str]]]:
     """Groups of sentences with links to the cells behind them."""
-    groups = []
-    for title, tables in _GROUPS.items():
-        sentences = [
+    return {
+        group: [
             {"text": reading.text, "href": f"#{prefix}-{anchor(reading.evidence)}"}
             for reading in result.verdict
             if reading.evidence["table"] in tables
         ]
-        if sentences:
-            groups.append({"title": title, "sentences": sentences})
-    return groups
+        for group, tables in _GROUPS.items()
+    }
 
 
-def effect_cell(effect: Effect, identity: str) -> dict[str, Any]:
+def _effect_cell(effect: Effect, identity: str) -> dict[str, Any]:
     """An effect as text in a cell."""
     estimate, low, high = effect_numbers(effect)
     bounded = math.isfinite(effect.half_width)
@@ -139,7 +144,7 @@ def _effect_rows(
         {
             "batch_size": f"{size:,}",
             "cells": [
-                effect_cell(
+                _effect_cell(
                     effect, _id(prefix, table=table, batch_size=size, column=name)
                 )
                 for name, effect in row.effects.items()
@@ -164,7 +169,7 @@ def _comparison_rows(
                 labels.get(name, name)
                 for name in (comparison.method, comparison.reference)
             ),
-            "cell": effect_cell(
+            "cell": _effect_cell(
                 comparison.effect,
                 _id(prefix, table=table, batch_size=size, column=name),
             ),
@@ -206,13 +211,13 @@ def _forecast_rows(result: "Dissection", prefix: str) -> list[dict[str, Any]]:
                 {
                     "batch_size": f"{size:,}",
                     "column": _column_name(column, result.setup.methods),
-                    "race": effect_cell(
+                    "race": _effect_cell(
                         forecast.race, _id(prefix, **cell, column=column)
                     ),
                     "forecast": {-1: "lower loss", 0: "none", 1: "higher loss"}[
                         forecast.direction
                     ],
-                    "trained": effect_cell(
+                    "trained": _effect_cell(
                         score.trained, _id(prefix, **cell, column=f"{column} score")
                     )
                     if score
@@ -232,7 +237,7 @@ def _secondary_rows(result: "Dissection", prefix: str) -> list[dict[str, Any]]:
             "quantity": _NAMES.get(quantity, quantity),
             "batch_size": f"{size:,}",
             "cells": [
-                effect_cell(
+                _effect_cell(
                     effect,
                     _id(
                         prefix,

@@ -45,10 +45,10 @@ _COLORS = {
 }
 _OTHER_COLORS = ("#CC79A7", "#000000", "#56B4E9", "#777777", "#882255", "#999933")
 _PATTERNS: dict[str, Any] = {
+    "adam": "-",
     "m_sgd": (0, (5, 2)),
     "m_ssd": (0, (1, 1.2)),
     "m_svag": (0, (5, 1.5, 1, 1.5)),
-    "adam": "-",
 }
 
 _SIZE = (4.6, 3.3)  # Inches; 11 px of text at the width of a phone.
@@ -406,15 +406,18 @@ def _of_measurements(result: "Dissection") -> Iterator[_Drawn]:
     for quantity, title in _TITLES.items():
         series: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
         style_of = {}
-        markers = dict(zip(result.setup.batch_sizes, itertools.cycle("osD^v")))
+        # Colours tell methods apart here, patterns and markers batch sizes.
+        patterns = itertools.cycle(_PATTERNS.values())
+        marks = zip(itertools.cycle("osD^v"), patterns, strict=False)
+        mark_of = dict(zip(result.setup.batch_sizes, marks, strict=False))
         for row in rows:
             entry = row.diagnostics.get(quantity)
             if is_interval(entry):
                 method = result.setup.methods.get(row.method, row.method)
                 label = f"{method}, batch {row.batch_size:,}"
                 series.setdefault(label, []).append((row.step, entry))
-                color, pattern = styles.get(row.method, ("#444444", "-"))
-                marker = markers.get(row.batch_size, "o")
+                color, _ = styles.get(row.method, ("#444444", "-"))
+                marker, pattern = mark_of.get(row.batch_size, ("o", "-"))
                 style_of[label] = (color, pattern, marker)
         if not series:
             continue

@@ -377,7 +377,7 @@ def _about_divergence(setup: Setup, runs: Sequence[Run]) -> Iterator[Reading]:
             yield Reading(
                 f"At batch size {batch_size:,}, {count} of {len(chosen)} replicates of"
                 f" {label} diverged within {setup.steps:,} steps (95 % interval of the"
-                f" share {plain(low)} to {plain(high)}, n = {len(chosen)}); no effect"
+                f" share {low:.2f} to {high:.2f}, n = {len(chosen)}); no effect"
                 " counts them.",
                 {
                     "table": "methods",
@@ -568,7 +568,8 @@ def scope(setup: Setup) -> str:
     Returns:
       A sentence or two.
     """
-    sizes = ", ".join(f"{size:,}" for size in setup.batch_sizes)
+    *rest, last = (f"{size:,}" for size in setup.batch_sizes)
+    sizes = f"{', '.join(rest)} and {last}" if rest else last
     plural = "s" if len(setup.batch_sizes) != 1 else ""
     decays = ", ".join(f"{name} = {value}" for name, value in setup.decays.items())
     return (

@@ -101,7 +101,7 @@ def make_measurement(batch_size: int = 8, when: Any = "start") -> MeasurementRow
         step,
         {
             "mini_batches": 16,
-            "noise_scale": interval(40.0 * growth, 6.0 * growth),
+            "noise_scale": interval(40.0 * growth + batch_size, 6.0 * growth),
             "sign_success": interval(0.8 - 0.01 * growth, 0.02),
             "improvement": {
                 "gradient": interval(0.11, 0.02),
@@ -144,8 +144,10 @@ def make_tuning_runs(
 
 
 def make_tuning(method: str, batch_size: int = 8, at_edge: bool = False) -> Tuning:
+    shift = 0.1 * list(FALLS).index(method) if method in FALLS else 0.5
     candidates = tuple(
-        (rate, -1.0 + abs(math.log10(rate / 0.1)), rate < RATES[-1]) for rate in RATES
+        (rate, shift - 1.0 + abs(math.log10(rate / 0.1)), rate < RATES[-1])
+        for rate in RATES
     )
     return Tuning(
         method=method,
