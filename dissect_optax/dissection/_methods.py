@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,10 @@ import jax.numpy as jnp
 import optax
 
 import dissect_optax
-from dissect_optax.dissection._errors import UserError, unknown_name
+from dissect_optax.dissection._errors import UserError, first_line, unknown_name
+from dissect_optax.dissection._programs import program_digest
+
+_NAME = re.compile(r"\w[\w.\-]{0,99}")
 
 OptimizerFactory = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
@@ -29,6 +34,7 @@ class Method:
         off it costs time. It is no bound, but of two that are stable with an unstable
         one between them it may decide which is found.
       needs_variance: Whether the optimizer asks for the mini-batch's gradient variance.
+      identity: Digest of its program, where the name does not say which it is.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Method:
     factory: OptimizerFactory
     first_guess: float = 1.0
     needs_variance: bool = False
+    identity: str = ""
 
 
 # M-SGD steps along the sum of about ten gradients, M-SVAG along their average, hence
@@ -139,3 +146,68 @@ def makes_optimizers(factory: Any, learning_rate: optax.ScalarOrSchedule) -> boo
     except Exception:  # It may be anything that Optax holds.
         return False
     return first == "learning_rate"
+
+
+def method_from(name: str, optimizer: Any) -> Method:
+    """The method that a user names: a factory, or the name of one.
+
+    Args:
+      name: Name in tables and records.
+      optimizer: From a learning rate to a `GradientTransformation`, or the name of a
+        method as `get_method` takes it.
+
+    Returns:
+      The method. One whose update asks for `grad_variance` gets it.
+
+    Raises:
+      UserError: It is neither.
+
+    Examples:
+      >>> method_from("fast", functools.partial(optax.adam, b2=0.9)).needs_variance
+      False
+      >>> method_from("mb", dissect_optax.m_svag_mb).needs_variance
+      True
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            "The name of a method must consist of letters, digits, '_', '-' and '.',"
+            f" got {name!r}."
+        )
+    if isinstance(optimizer, str):
+        return dataclasses.replace(get_method(optimizer), name=name, label=name)
+    if not callable(optimizer):
+        raise UserError(
+            f"`extra[{name!r}]` must be a function from a learning rate to an optimizer,"
+            f" such as `optax.adamw`, got {type(optimizer).__name__}."
+            + (" Pass the function, not its result." if _is_optimizer(optimizer) else "")
+        )
+    errors = []
+    for needs_variance in (False, True):
+        try:
+            identity = _program_of(optimizer, needs_variance=needs_variance)
+        except Exception as error:
+            errors.append(error)
+        else:
+            return Method(name, name, optimizer, 0.1, needs_variance, identity)
+    raise UserError(
+        f"`extra[{name!r}]` must be a function from a learning rate to an optimizer"
+        f" that needs gradients and parameters alone: {first_line(errors[0])}"
+    )
+
+
+def _is_optimizer(candidate: Any) -> bool:
+    """Whether it is a `GradientTransformation` rather than a factory of them."""
+    return isinstance(candidate, optax.GradientTransformation)
+
+
+def _program_of(factory: OptimizerFactory, *, needs_variance: bool) -> str:
+    """Digest of one update by the optimizer as a function of its learning rate."""
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    extra_args = {"grad_variance": params} if needs_variance else {}
+
+    def step(learning_rate: jax.Array, params: Any) -> Any:
+        optimizer = optax.with_extra_args_support(factory(learning_rate))
+        state = optimizer.init(params)
+        return optimizer.update(params, state, params, **extra_args)
+
+    return program_digest(step, 0.1, params)

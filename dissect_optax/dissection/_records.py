@@ -435,13 +435,20 @@ class Store:
         path = self.path(config)
         return _read_record(path) if path.exists() else None
 
-    def records(self, problem: str, optimizer: str, settings: Settings) -> list[Record]:
+    def records(
+        self,
+        problem: str,
+        optimizer: str,
+        settings: Settings,
+        description: Mapping[str, Any] | None = None,
+    ) -> list[Record]:
         """Every finished run of this method with these settings and today's numerics.
 
         Args:
           problem: Name of the problem.
           optimizer: Name of the method.
           settings: Steps, batch size, evaluations.
+          description: What else the runs have in common; None for any description.
 
         Returns:
           The records, by step size and seed.
@@ -452,17 +459,18 @@ class Store:
             paths = self.folder(problem, optimizer).glob("rate*.json")
             found = [_read_record(path) for path in paths]
         found.sort(key=lambda record: (record.config.learning_rate, record.config.seed))
-        wanted = (problem, optimizer, settings, numerics())
+        wanted = {
+            "problem": problem,
+            "optimizer": optimizer,
+            "settings": settings,
+            "numerics": numerics(),
+        }
+        if description is not None:
+            wanted["description"] = description
         return [
             record
             for record in found
-            if wanted
-            == (
-                record.config.problem,
-                record.config.optimizer,
-                record.config.settings,
-                record.config.numerics,
-            )
+            if all(getattr(record.config, key) == wanted[key] for key in wanted)
         ]
 
     def write(self, record: Record) -> None:

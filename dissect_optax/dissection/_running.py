@@ -86,6 +86,11 @@ class Job:
         if not self.store.in_memory:
             self.store.check_data(self.problem.name, self.fingerprint)
 
+    def description(self, method: Method) -> dict[str, Any]:
+        """Everything that makes a run of this method this one, beside its settings."""
+        identity = {"method": method.identity} if method.identity else {}
+        return {**self.problem.description, **identity}
+
     def config(self, method: Method, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
         return RunConfig(
@@ -94,7 +99,7 @@ class Job:
             learning_rate=learning_rate,
             seed=seed,
             settings=self.settings,
-            description=dict(self.problem.description),
+            description=self.description(method),
         )
 
 

@@ -126,14 +126,14 @@ def _shown(problem: Problem, batch: PyTree, key: jax.Array) -> PyTree:
 def _train_step(
     problem: Problem,
     method: Method,
-    settings: Settings,
+    batch_size: int,
     data: Data,
     replica: Replica,
     state: TrainState,
 ) -> TrainState:
     """One step of one run."""
     keys = _keys(replica.seed)
-    batch = sample_batch(data.training, keys.data, state.step, settings.batch_size)
+    batch = sample_batch(data.training, keys.data, state.step, batch_size)
     noise_key = jax.random.fold_in(keys.noise, state.step)
     augmentation_key, loss_key = jax.random.split(noise_key)
     batch = _shown(problem, batch, augmentation_key)
@@ -154,14 +154,14 @@ def _train_step(
 def _advance(
     problem: Problem,
     method: Method,
-    settings: Settings,
+    batch_size: int,
     steps: jax.typing.ArrayLike,
     data: Data,
     replica: Replica,
     state: TrainState,
 ) -> TrainState:
     """Some steps of one run."""
-    step = functools.partial(_train_step, problem, method, settings, data, replica)
+    step = functools.partial(_train_step, problem, method, batch_size, data, replica)
     return jax.lax.fori_loop(0, steps, lambda _, state: step(state), state)
 
 
@@ -239,9 +239,23 @@ def initialise(problem: Problem, method: Method, replicas: Replica) -> TrainStat
 
 @functools.partial(
     jax.jit,
-    static_argnames=("problem", "method", "settings"),
+    static_argnames=("problem", "method", "batch_size"),
     donate_argnames=("state",),
 )
+def _advance_group(
+    problem: Problem,
+    method: Method,
+    batch_size: int,
+    steps: jax.typing.ArrayLike,
+    data: Data,
+    replicas: Replica,
+    state: TrainState,
+) -> TrainState:
+    """Some steps of every run of a group."""
+    take_steps = functools.partial(_advance, problem, method, batch_size, steps, data)
+    return for_each_replica(take_steps, replicas, state)
+
+
 def advance(
     problem: Problem,
     method: Method,
@@ -265,5 +279,7 @@ def advance(
     Returns:
       The new state. A run that diverges does not touch the others.
     """
-    take_steps = functools.partial(_advance, problem, method, settings, steps, data)
-    return for_each_replica(take_steps, replicas, state)
+    # Of the settings, the batch size alone is part of the program.
+    return _advance_group(
+        problem, method, settings.batch_size, steps, data, replicas, state
+    )

@@ -211,13 +211,15 @@ class Tuned:
       largest_stable: The largest stable step size.
       candidates: The runs that the choice was made from, by ascending step size.
       searched_below: Whether step sizes below the paper's two decades were candidates.
-      cost: Steps of all runs of the search, in units of a run of the protocol's length.
+      runs: All runs of the search.
+      cost: Steps of all of them, in units of a run of the protocol's length.
     """
 
     learning_rate: float
     largest_stable: float
     candidates: tuple[Record, ...]
     searched_below: bool = False
+    runs: tuple[Record, ...] = ()
     cost: float = math.nan
 
 
@@ -242,13 +244,14 @@ def select(protocol: Protocol, records: Mapping[int, Sequence[Record]]) -> Tuned
         if point in trials and trials[point].stable
         for record in records[point]
     ]
-    steps = sum(steps_taken(record) for runs in records.values() for record in runs)
+    all_runs = tuple(record for runs in records.values() for record in runs)
     return Tuned(
         learning_rate=step_size(winner),
         largest_stable=step_size(largest),
         candidates=tuple(candidates),
         searched_below=lowest < largest - 2 * _POINTS_PER_DECADE,
-        cost=steps / protocol.settings.steps,
+        runs=all_runs,
+        cost=sum(map(steps_taken, all_runs)) / protocol.settings.steps,
     )
 
 
@@ -265,7 +268,9 @@ def _tuning_records(
 ) -> dict[int, list[Record]]:
     """The finished tuning runs by grid point, where all seeds are finished."""
     found: dict[int, dict[int, Record]] = {}
-    for record in job.store.records(job.problem.name, method.name, protocol.settings):
+    for record in job.store.records(
+        job.problem.name, method.name, protocol.settings, job.description(method)
+    ):
         point = point_on_grid(record.config.learning_rate)
         # Runs off the grid, and with other seeds, serve another purpose.
         if record.config.seed in protocol.seeds and point is not None:
@@ -391,7 +396,9 @@ def find_result(job: Job, protocol: Protocol, method: Method) -> MethodResult | 
         return None
     by_seed = {
         record.config.seed: record
-        for record in job.store.records(job.problem.name, method.name, job.settings)
+        for record in job.store.records(
+            job.problem.name, method.name, job.settings, job.description(method)
+        )
         if record.config.learning_rate == tuned.learning_rate
     }
     replications: list[Record] = []

@@ -1,0 +1,158 @@
+"""Tuning by races: short runs on the whole grid, full runs where they did best.
+
+A race is the search of §A.2 with a tenth of the steps. Full runs are trained at the
+best step sizes of the race and, while the best full run lies at the end of those that
+were tried, at the next one beyond it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from dissect_optax.dissection._errors import UserError
+from dissect_optax.dissection._methods import Method
+from dissect_optax.dissection._problem import Settings
+from dissect_optax.dissection._records import Record
+from dissect_optax.dissection._running import Job, complete
+from dissect_optax.dissection._tuning import (
+    Protocol,
+    Trial,
+    Tuned,
+    grid_point,
+    step_size,
+    steps_taken,
+    trial,
+    tune,
+)
+
+# Fraction of the steps that a race has.
+RACE_FRACTION = 0.1
+# Full runs are trained at so many neighbouring step sizes at first.
+_FINALISTS = 3
+
+
+def race_settings(settings: Settings) -> Settings:
+    """Settings with about a tenth of the steps and as many evaluations.
+
+    Examples:
+      >>> race_settings(Settings(steps=1000, batch_size=8, evaluation_interval=50))
+      Settings(steps=100, batch_size=8, evaluation_interval=5, ...)
+    """
+    interval = max(1, round(RACE_FRACTION * settings.evaluation_interval))
+    steps = settings.steps // settings.evaluation_interval * interval
+    return dataclasses.replace(settings, steps=steps, evaluation_interval=interval)
+
+
+@dataclasses.dataclass(frozen=True)
+class Raced:
+    """A step size that was chosen by a race and full runs.
+
+    Attributes:
+      learning_rate: The step size with the best full runs.
+      largest_stable: The largest stable step size of the race.
+      race: All runs of the race.
+      full: The full tuning runs by grid point.
+      trials: What they say.
+      at_edge: Whether the winner is the last point of the grid.
+      cost: Steps of all runs, in units of a full run.
+    """
+
+    learning_rate: float
+    largest_stable: float
+    race: tuple[Record, ...]
+    full: dict[int, Sequence[Record]]
+    trials: dict[int, Trial]
+    at_edge: bool
+    cost: float
+
+
+def race(job: Job, protocol: Protocol, method: Method) -> Tuned:
+    """The search of §A.2 with the settings of a race."""
+    short = dataclasses.replace(protocol, settings=race_settings(protocol.settings))
+    return tune(job, short, method)
+
+
+def _runs_at(
+    job: Job, protocol: Protocol, method: Method, points: Sequence[int]
+) -> dict[int, Sequence[Record]]:
+    """Full tuning runs at these grid points."""
+    configs = [
+        job.config(method, step_size(point), seed)
+        for point in points
+        for seed in protocol.seeds
+    ]
+    records = complete(job, method, f"{method.label}, tuning", configs)
+    count = len(protocol.seeds)
+    return {
+        point: records[index * count : (index + 1) * count]
+        for index, point in enumerate(points)
+    }
+
+
+def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
+    """Chooses a step size by a race and full runs.
+
+    Args:
+      job: Problem, store and monitor.
+      protocol: How step sizes are compared; its settings are those of a full run.
+      method: The method to tune.
+
+    Returns:
+      The step size, and the runs that it was chosen from.
+
+    Raises:
+      UserError: No step size is stable in the race, or every one is.
+    """
+    raced = race(job, protocol, method)
+    full_job = dataclasses.replace(job, settings=protocol.settings, diagnosis=None)
+    best, top = grid_point(raced.learning_rate), grid_point(raced.largest_stable)
+    # The best step size of longer runs is the same or smaller, so one is above it.
+    wanted = [p for p in range(best - _FINALISTS + 2, best + 2) if p <= top + 1]
+    full: dict[int, Sequence[Record]] = {}
+    trials: dict[int, Trial] = {}
+    while wanted:
+        full |= _runs_at(full_job, protocol, method, wanted)
+        trials |= {point: trial(protocol, full[point]) for point in wanted}
+        wanted = _next_points(trials, top)
+    winner = _winner(trials)
+    if winner is None:
+        raise UserError(
+            f"{method.label} cannot be tuned. Step sizes that were stable in the race"
+            " are not in full runs."
+        )
+    steps = sum(map(steps_taken, raced.runs)) + sum(
+        steps_taken(record) for records in full.values() for record in records
+    )
+    return Raced(
+        learning_rate=step_size(winner),
+        largest_stable=raced.largest_stable,
+        race=raced.runs,
+        full=dict(sorted(full.items())),
+        trials=dict(sorted(trials.items())),
+        at_edge=winner in (min(trials), max(trials)),
+        cost=steps / protocol.settings.steps,
+    )
+
+
+def _winner(trials: dict[int, Trial]) -> int | None:
+    """The best stable point; None without one."""
+    stable = [point for point, found in trials.items() if found.stable]
+    return max(stable, key=lambda point: trials[point].merit, default=None)
+
+
+def _next_points(trials: dict[int, Trial], top: int) -> list[int]:
+    """The neighbour of the winner that was not tried yet."""
+    winner = _winner(trials)
+    lowest = min(trials)
+    if winner is None:  # All unstable: smaller ones.
+        return [lowest - 1] if lowest > top - 30 else []
+    neighbours = [winner - 1, winner + 1] if winner <= top else [winner - 1]
+    return [point for point in neighbours if point not in trials][:1]
+
+
+__all__ = [
+    "RACE_FRACTION",
+    "Raced",
+    "race",
+    "race_settings",
+    "tune_by_race",
+]
