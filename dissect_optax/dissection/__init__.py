@@ -16,6 +16,14 @@ from dissect_optax.dissection._data import (
     number_of_examples,
     sample_batch,
 )
+from dissect_optax.dissection._dissect import dissect, dissect_problem, mean_log_loss
+from dissect_optax.dissection._effects import (
+    CONFIDENCE,
+    Effect,
+    mean_and_std,
+    paired_effect,
+    student_quantile,
+)
 from dissect_optax.dissection._environment import environment, processor
 from dissect_optax.dissection._errors import UserError, first_line, unknown_name
 from dissect_optax.dissection._evaluation import evaluate
@@ -43,6 +51,7 @@ from dissect_optax.dissection._records import (
     write_atomically,
     write_checked,
 )
+from dissect_optax.dissection._result import Dissection
 from dissect_optax.dissection._running import Diagnosis, Job, complete
 from dissect_optax.dissection._training import (
     Replica,
@@ -69,7 +78,17 @@ from dissect_optax.dissection._tuning import (
 )
 
 __all__ = [  # noqa: RUF022  # In the order in which a run meets them.
-    # A problem and its data,
+    # Table 1 on a user's problem,
+    "dissect",
+    "Dissection",
+    "Effect",
+    "dissect_problem",
+    "mean_log_loss",
+    "paired_effect",
+    "mean_and_std",
+    "student_quantile",
+    "CONFIDENCE",
+    # a problem and its data,
     "Problem",
     "Settings",
     "constant",
