@@ -45,6 +45,7 @@ from dissect_optax._sources import (
 )
 
 if TYPE_CHECKING:
+    from dissect_optax import diagnostics
     from dissect_optax.gradient_variance import (
         VarianceMemory,
         VarianceReport,
@@ -108,9 +109,13 @@ _IMPORTED_WHEN_USED = (
     "explain_variance",
     "value_grad_and_variance",
 )
+# A package by itself, which needs the variance of the gradient.
+_MODULES_IMPORTED_WHEN_USED = ("diagnostics",)
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES_IMPORTED_WHEN_USED:
+        return importlib.import_module(f"dissect_optax.{name}")
     if name not in _IMPORTED_WHEN_USED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module("dissect_optax.gradient_variance")
