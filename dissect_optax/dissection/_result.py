@@ -394,8 +394,9 @@ class Dissection:
         """Step sizes and outcomes, for a terminal."""
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("batch", no_wrap=True)
         table.add_column("method")
         for column in ("step size", "log loss", "final log loss", "diverged"):
@@ -403,7 +404,8 @@ class Dissection:
         for summary in self.summaries:
             table.add_row(
                 f"{summary.batch_size:,}",
-                summary.label,
+                # A string would be read as markup.
+                Text(summary.label),
                 plain(summary.learning_rate),
                 mean_with_std(summary.values.get("log_loss")),
                 mean_with_std(summary.values.get("log_final_loss")),
