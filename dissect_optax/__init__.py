@@ -45,7 +45,9 @@ from dissect_optax._sources import (
 )
 
 if TYPE_CHECKING:
-    from dissect_optax import diagnostics
+    from dissect_optax import diagnostics as diagnostics
+    from dissect_optax import dissection as dissection
+    from dissect_optax.dissection import dissect
     from dissect_optax.gradient_variance import (
         VarianceMemory,
         VarianceReport,
@@ -99,18 +101,22 @@ __all__ = [  # noqa: RUF022
     "adam_star",
     "m_svag_mb",
     "adam_star_mb",
+    # The user's own model.
+    "dissect",
 ]
 
-# They need `jax.extend`, whose import takes longer than all the rest of the library.
-_IMPORTED_WHEN_USED = (
-    "VarianceMemory",
-    "VarianceReport",
-    "VarianceRoute",
-    "explain_variance",
-    "value_grad_and_variance",
-)
-# A package by itself, which needs the variance of the gradient.
-_MODULES_IMPORTED_WHEN_USED = ("diagnostics",)
+# Names that are imported when they are used, by module. The import of `jax.extend`,
+# which the gradient variance needs, takes longer than all the rest of the library, and
+# `dissection` needs the packages of the extra `dissect`.
+_IMPORTED_WHEN_USED = {
+    "VarianceMemory": "gradient_variance",
+    "VarianceReport": "gradient_variance",
+    "VarianceRoute": "gradient_variance",
+    "explain_variance": "gradient_variance",
+    "value_grad_and_variance": "gradient_variance",
+    "dissect": "dissection",
+}
+_MODULES_IMPORTED_WHEN_USED = ("diagnostics", "dissection")
 
 
 def __getattr__(name: str) -> Any:
@@ -118,7 +124,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"dissect_optax.{name}")
     if name not in _IMPORTED_WHEN_USED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module("dissect_optax.gradient_variance")
+    module = importlib.import_module(f"dissect_optax.{_IMPORTED_WHEN_USED[name]}")
     return globals().setdefault(name, getattr(module, name))
 
 

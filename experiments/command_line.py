@@ -12,6 +12,7 @@ from dissect_optax.dissection import UserError, recorded, unknown_name
 from experiments.commands import (
     convergence,
     curves,
+    dissect,
     figure,
     quadratic,
     reproduce,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tune": tune_step_sizes,
     "table": table,
     "curves": curves,
+    "dissect": dissect,
     "figure": figure,
     "quadratic": quadratic,
     "map": sign_map,

@@ -25,6 +25,7 @@ from dissect_optax.dissection import (
     UserError,
     complete,
     digest,
+    dissect_problem,
     find_result,
     get_method,
     makes_optimizers,
@@ -524,6 +525,52 @@ def figure(
     else:
         path = FIGURES_OF_THEORY[number](options)
     print(f"Figure:  {path}")
+
+
+def dissect(
+    problem: _ProblemName,
+    *,
+    optimizers: _MethodNames = FOUR_METHODS,
+    batch_sizes: tuple[int, ...] = (),
+    seeds: int = 5,
+    budget: Literal["full", "race"] = "full",
+    options: _TrainingOptions = _TRAINING_DEFAULTS,
+) -> None:
+    """Find out what the sign and the variance adaptation change, and report it.
+
+    Args:
+      problem: The test problem.
+      optimizers: The methods.
+      batch_sizes: Batch sizes; that of the problem if not given.
+      seeds: Replications of each method.
+      budget: With "race", a tenth of the steps and a forecast.
+      options: What every command understands.
+    """
+    task = _task(problem, options)
+    names = _distinct("--optimizers", optimizers)
+    sizes = sorted(set(batch_sizes)) or [task.job.settings.batch_size]
+    if seeds < 1 or sizes[0] < 1:
+        raise UserError("`--seeds` and `--batch-sizes` must be at least 1.")
+    scheduled = callable(task.problem.schedule(1.0))
+    result = dissect_problem(
+        dataclasses.replace(task.problem, settings=task.job.settings),
+        [_method(task.problem, name) for name in names],
+        sizes,
+        seeds=seeds,
+        budget=budget,
+        directory=options.runs_dir / "dissections",
+        data_dir=options.data_dir,
+        schedule="that of the problem" if scheduled else "constant",
+        monitor=task.job.monitor,
+    )
+    stem = f"dissection_{problem}{_suffix(options)}"
+    html = options.runs_dir / problem / f"{stem}.html"
+    html.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(html.with_suffix(".json"), result.to_json())
+    result.to_html(html)
+    print(result)
+    print(f"Summary: {html.with_suffix('.json')}")
+    print(f"Report:  {html}")
 
 
 # ---- Studies of the theory --------------------------------------------------------

@@ -631,7 +631,7 @@ def _relative_variance(factor: float) -> float:
 
 
 def _noise_scale(numbers: _Numbers, leaves: list[int], batch_size: int) -> Interval:
-    """tr Σ/‖∇L‖² of some leaves."""
+    """Tr Σ/‖∇L‖² of some leaves."""
     noise = numbers.first.noise[:, leaves].sum(axis=1)
     between = numbers.second.ahead[:, 0][:, leaves].sum(axis=1)
     count = len(noise)

@@ -8,6 +8,7 @@ missing, in which groups), `_training` and `_evaluation` (one compiled program e
 `_checkpoints`, `_records`.
 """
 
+from dissect_optax.dissection._command import main
 from dissect_optax.dissection._data import (
     Data,
     fingerprint,
@@ -81,6 +82,7 @@ __all__ = [  # noqa: RUF022  # In the order in which a run meets them.
     # Table 1 on a user's problem,
     "dissect",
     "Dissection",
+    "main",
     "Effect",
     "dissect_problem",
     "mean_log_loss",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import importlib
 import inspect
 import re
@@ -179,7 +178,11 @@ def method_from(name: str, optimizer: Any) -> Method:
         raise UserError(
             f"`extra[{name!r}]` must be a function from a learning rate to an optimizer,"
             f" such as `optax.adamw`, got {type(optimizer).__name__}."
-            + (" Pass the function, not its result." if _is_optimizer(optimizer) else "")
+            + (
+                " Pass the function, not its result."
+                if _is_optimizer(optimizer)
+                else ""
+            )
         )
     errors = []
     for needs_variance in (False, True):

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -255,9 +254,7 @@ def _takes_key(loss: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # Some built-in functions have no signature.
         return False
     positional = [
-        p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     required = [p for p in positional if p.default is p.empty]
     if len(required) > 3 or len(positional) < 2:

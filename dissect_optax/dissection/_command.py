@@ -1,0 +1,150 @@
+"""The command `dissect-optax`: a dissection from the shell.
+
+    dissect-optax mymodule:problem --directory runs/mine --html report.html
+
+`problem` is a function without arguments that returns the arguments of `dissect` as a
+dictionary.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dissect_optax
+from dissect_optax.dissection._dissect import dissect
+from dissect_optax.dissection._errors import UserError, first_line
+from dissect_optax.dissection._interrupts import recorded
+from dissect_optax.dissection._result import Dissection
+
+INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    """The options, each of which replaces an argument of `dissect`."""
+    parser = argparse.ArgumentParser(
+        prog="dissect-optax",
+        description=(
+            "Trains your model with the four methods of Table 1 and reports what the"
+            " sign and the variance adaptation change."
+        ),
+        epilog=(
+            "PROBLEM is MODULE:FUNCTION, a function without arguments that returns the"
+            " arguments of `dissect_optax.dissect` as a dictionary with `loss`, `init`"
+            " and `data`."
+        ),
+    )
+    parser.add_argument("problem", metavar="PROBLEM", help="such as mymodule:problem")
+    parser.add_argument(
+        "--directory", type=Path, help="where runs are kept, to go on after a stop"
+    )
+    parser.add_argument("--html", type=Path, help="write the report to this file")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument(
+        "--batch-size", type=int, nargs="+", metavar="INT", help="batch sizes"
+    )
+    parser.add_argument("--steps", type=int, metavar="INT", help="steps of a full run")
+    parser.add_argument("--seeds", type=int, metavar="INT", help="replications")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="methods")
+    parser.add_argument(
+        "--budget",
+        choices=("full", "race"),
+        help="race: a tenth of the steps, and a forecast",
+    )
+    parser.add_argument(
+        "--version", action="version", version=dissect_optax.__version__
+    )
+    return parser
+
+
+def load_function(path: str) -> Callable[[], Any]:
+    """The function at `module:function`, also from the current directory.
+
+    Raises:
+      UserError: There is none.
+    """
+    module_name, separator, name = path.partition(":")
+    if not separator or not module_name or not name:
+        raise UserError(
+            f"PROBLEM must be MODULE:FUNCTION, such as mymodule:problem, got '{path}'."
+        )
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0]:
+            raise
+        raise UserError(
+            f"There is no module '{module_name}' in {os.getcwd()} or on the path of"
+            " Python."
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"The module '{module_name}' has no function '{name}'.")
+    return function
+
+
+def run(options: argparse.Namespace) -> Dissection:
+    """The dissection that the options ask for, printed and written."""
+    arguments = load_function(options.problem)()
+    if not isinstance(arguments, dict) or not {"loss", "init", "data"} <= set(
+        arguments
+    ):
+        raise UserError(
+            f"{options.problem} must return a dictionary with `loss`, `init` and"
+            " `data`, the arguments of `dissect_optax.dissect`."
+        )
+    for name in ("directory", "batch_size", "steps", "seeds", "methods", "budget"):
+        if (value := getattr(options, name)) is not None:
+            arguments[name] = value
+    for path in (options.html, options.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"The directory of {path} does not exist.")
+    try:
+        result = dissect(**arguments)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UserError(f"{options.problem}: {first_line(error)}") from error
+    print(result)
+    if options.json is not None:
+        options.json.write_text(result.to_json())
+    if options.html is not None:
+        result.to_html(options.html)
+        print(f"Report: {options.html}")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      arguments: The command line after the program's name; None for the process's.
+
+    Returns:
+      The exit status.
+    """
+    options = arguments_parser().parse_args(arguments)
+    try:
+        with recorded():
+            run(options)
+    except UserError as error:
+        print(f"dissect-optax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"dissect-optax: {error.strerror or error}"
+            + (f": {error.filename}" if error.filename else ""),
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        kept = "the last checkpoint" if options.directory else "the beginning"
+        print(f"\nInterrupted. The same command goes on from {kept}.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
