@@ -51,8 +51,8 @@ from dissect_optax.dissection import (
     get_method,
     lower_gradient,
 )
-from experiments.problems import ImageProblem, get_problem
-from experiments.problems.image_problem import Examples
+from experiments.problems import get_problem
+from experiments.problems.image_problem import Examples, ImageProblem
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 IMAGES = 10_000
@@ -300,6 +300,7 @@ def main() -> None:
     rows = []
     for name in args.problems:
         problem, method, case = get_problem(name), get_method(args.method), CASES[name]
+        assert isinstance(problem, ImageProblem)
         settings = problem.smoke if args.smoke else problem.settings
         turns = turns_in_jax(problem, method, settings, args.members)
         if process is not None:

@@ -27,8 +27,7 @@ from dissect_optax.dissection import (
     advance,
     initialise,
 )
-from experiments.problems import ImageProblem
-from experiments.problems.image_problem import Examples, l2_penalty
+from experiments.problems.image_problem import Examples, ImageProblem, l2_penalty
 
 TORCH_SCRIPT = Path(__file__).parent / "training_torch.py"
 LEARNING_RATE = 1e-3

@@ -43,7 +43,7 @@ from experiments.figures import (
     wrong_sign_mass,
 )
 from experiments.paths import expand_home
-from experiments.problems import PROBLEMS, ImageProblem, get_problem
+from experiments.problems import PROBLEMS, ExperimentProblem, get_problem
 from experiments.studies import catalogue, illustrations
 
 _SINGLE = np.finfo(np.float32)
@@ -151,7 +151,7 @@ def _distinct(flag: str, names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _method(problem: ImageProblem, name: str) -> Method:
+def _method(problem: ExperimentProblem, name: str) -> Method:
     """The method of this name, if it can be trained on this problem."""
     method = get_method(name)
     learning_rate = problem.schedule(method.first_guess)
@@ -168,7 +168,7 @@ def _method(problem: ImageProblem, name: str) -> Method:
 class _Task:
     """What the options ask for."""
 
-    problem: ImageProblem
+    problem: ExperimentProblem
     job: Job
     protocol: Protocol
 

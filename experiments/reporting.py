@@ -1,4 +1,4 @@
-"""What the records say in numbers: the accuracy table and the two effects.
+"""The accuracy table of a problem, the two effects on it, and the summary.
 
 The four methods of Table 1 are {magnitude, sign only} × {not adapted, adapted}, so
 each aspect shows in two comparisons that differ in nothing else. Replications of two
@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from dissect_optax.dissection import EqualWithNan, Job, MethodResult, Protocol, Record
-from experiments.problems import ImageProblem
+from experiments.problems import ExperimentProblem
 
 # Second minus first; names as on the command line.
 SIGN_COMPARISONS = (("m_sgd", "m_ssd"), ("m_svag", "adam"))
@@ -144,7 +144,9 @@ def percent(mean: float, std: float) -> str:
     return f"{100 * mean:.1f}{deviation} %"
 
 
-def accuracy_table(problem: ImageProblem, results: Mapping[str, MethodResult]) -> Table:
+def accuracy_table(
+    problem: ExperimentProblem, results: Mapping[str, MethodResult]
+) -> Table:
     """Test accuracy after the last step beside the paper's, as Markdown.
 
     Args:

@@ -176,13 +176,8 @@ def method_from(name: str, optimizer: Any) -> Method:
         return dataclasses.replace(get_method(optimizer), name=name, label=name)
     if not callable(optimizer):
         raise UserError(
-            f"`extra[{name!r}]` must be a function from a learning rate to an optimizer,"
-            f" such as `optax.adamw`, got {type(optimizer).__name__}."
-            + (
-                " Pass the function, not its result."
-                if _is_optimizer(optimizer)
-                else ""
-            )
+            f"`extra[{name!r}]` must be a function from a learning rate to an"
+            f" optimizer, such as `optax.adamw`, got {optimizer!r}."
         )
     errors = []
     for needs_variance in (False, True):
@@ -196,11 +191,6 @@ def method_from(name: str, optimizer: Any) -> Method:
         f"`extra[{name!r}]` must be a function from a learning rate to an optimizer"
         f" that needs gradients and parameters alone: {first_line(errors[0])}"
     )
-
-
-def _is_optimizer(candidate: Any) -> bool:
-    """Whether it is a `GradientTransformation` rather than a factory of them."""
-    return isinstance(candidate, optax.GradientTransformation)
 
 
 def _program_of(factory: OptimizerFactory, *, needs_variance: bool) -> str:

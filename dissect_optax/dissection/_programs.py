@@ -32,6 +32,8 @@ def program_digest(function: Callable[..., Any], *shapes: Any) -> str:
 
 def _plain(array: Any) -> Any:
     """The numbers of an array, also of one of random keys."""
-    if jnp.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key):
+    if isinstance(array, jax.Array) and jnp.issubdtype(
+        array.dtype, jax.dtypes.prng_key
+    ):
         return jax.random.key_data(array)
     return array

@@ -194,7 +194,8 @@ def missing_points(trials: Mapping[int, Trial], first_guess: int) -> list[int]:
     if largest >= _LARGEST:
         raise UserError(
             f"Every step size up to {step_size(largest):g} is stable, so none is the"
-            " largest. Does the optimizer use its learning rate?"
+            " largest. Does the optimizer use its learning rate? Data that a linear"
+            " model separates allow any step size, too, unless there is a regularizer."
         )
     if largest + 1 not in trials:
         return list(range(largest + 1, largest + 1 + _POINTS_PER_DECADE))

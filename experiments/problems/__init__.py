@@ -3,16 +3,24 @@
 import importlib
 
 from dissect_optax.dissection import UserError, unknown_name
-from experiments.problems.image_problem import ImageProblem
+from experiments.problems.problem import ExperimentProblem
 
-__all__ = ["PROBLEMS", "ImageProblem", "get_problem"]
+__all__ = ["PROBLEMS", "ExperimentProblem", "get_problem"]
 
 # In the order of tables and figures. A problem is imported when it is asked for, so
 # that none needs the data libraries of another.
-PROBLEMS = ("digits", "mnist", "cifar10", "cifar100")
+PROBLEMS = (
+    "digits",
+    "mnist",
+    "cifar10",
+    "cifar100",
+    "transformer",
+    "imbalance",
+    "logistic",
+)
 
 
-def get_problem(name: str) -> ImageProblem:
+def get_problem(name: str) -> ExperimentProblem:
     """The problem of this name, from the file of the same name in this folder.
 
     Args:

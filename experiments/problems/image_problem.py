@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dissect_optax.dissection import Data, Problem, Settings, constant
+from dissect_optax.dissection import Data, Settings, constant
+from experiments.problems.problem import ExperimentProblem, NetworkFunctions
 
 
 class Examples(NamedTuple):
@@ -22,26 +23,22 @@ class Examples(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class ImageProblem(Problem):
-    """A problem of the experiments; `image_problem` makes one.
+class ImageProblem(ExperimentProblem):
+    """A network on images; `image_problem` makes one.
 
     Attributes:
-      smoke: Settings with which a command does little but compile.
       network: From random streams to a Flax NNX module whose only variables are
         `nnx.Param`. Called with one image or a batch, and with the key of its dropout
         or None, which switches dropout off; it returns logits.
       training_input: From a stored image and a key to the network's input in training.
       test_input: From a stored image to the network's input.
       l2: λ of the penalty ½λ‖w‖² on the weights, not on the biases.
-      published: The paper's test accuracies as it prints them, by the method's name.
     """
 
-    smoke: Settings
     network: Callable[[nnx.Rngs], nnx.Module]
     training_input: Callable[[jax.Array, jax.Array], jax.Array]
     test_input: Callable[[jax.Array], jax.Array]
     l2: float
-    published: Mapping[str, str]
 
 
 def l2_penalty(params: Any, strength: float) -> jax.Array:
@@ -102,30 +99,21 @@ def image_problem(
             return test_input(image)
         return augmented_input(image, key)
 
-    @functools.cache
-    def structure() -> nnx.GraphDef:
-        # Outside of any trace that asks for it first: a program must not depend on
-        # whether training or evaluation was traced before it.
-        with jax.ensure_compile_time_eval():
-            shapes = nnx.eval_shape(lambda: network(nnx.Rngs(0)))
-        return nnx.split(shapes, nnx.Param)[0]
-
-    def init(key: jax.Array) -> nnx.State:
-        return nnx.state(network(nnx.Rngs(key)), nnx.Param)
+    functions = NetworkFunctions(network)
 
     def augment(example: Examples, key: jax.Array) -> Examples:
         return Examples(training_input(example.image, key), example.label)
 
     def loss(params: nnx.State, example: Examples, key: jax.Array) -> jax.Array:
         # A mini-batch goes through as a whole, with one key for its dropout.
-        scores = nnx.merge(structure(), params)(example.image, key)
+        scores = functions.apply(params, example.image, key)
         return _cross_entropy(scores, example.label)
 
     def evaluate(
         params: nnx.State, example: Examples
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         inputs = test_input(example.image)
-        scores = nnx.merge(structure(), params)(inputs, None)
+        scores = functions.apply(params, inputs, None)
         return (
             _cross_entropy(scores, example.label),
             {"accuracy": jnp.argmax(scores) == example.label},
@@ -135,7 +123,7 @@ def image_problem(
         name=name,
         title=title,
         settings=settings,
-        init=init,
+        init=functions.init,
         loss=loss,
         batch_loss=loss,
         evaluate=evaluate,
