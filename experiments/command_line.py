@@ -10,6 +10,7 @@ import tyro
 
 from dissect_optax.dissection import UserError, recorded, unknown_name
 from experiments.commands import (
+    calibrate,
     convergence,
     curves,
     dissect,
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "table": table,
     "curves": curves,
     "dissect": dissect,
+    "calibrate": calibrate,
     "figure": figure,
     "quadratic": quadratic,
     "map": sign_map,

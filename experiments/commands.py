@@ -33,6 +33,7 @@ from dissect_optax.dissection import (
     replicate,
     to_text,
     tune,
+    unknown_name,
     write_atomically,
 )
 from experiments import reporting
@@ -42,6 +43,7 @@ from experiments.figures import (
     variance_adaptation_sketch,
     wrong_sign_mass,
 )
+from experiments.figures import calibration as calibration_figure
 from experiments.paths import expand_home
 from experiments.problems import PROBLEMS, ExperimentProblem, get_problem
 from experiments.studies import catalogue, illustrations
@@ -571,6 +573,42 @@ def dissect(
     print(result)
     print(f"Summary: {html.with_suffix('.json')}")
     print(f"Report:  {html}")
+
+
+def calibrate(
+    *,
+    settings: tuple[str, ...] = (),
+    seeds: int = 5,
+    options: _Options = _STUDY_DEFAULTS,
+) -> None:
+    """Hold forecasts of a short race, and of one step, against trained effects.
+
+    Args:
+      settings: Some of the settings; all of them if not given.
+      seeds: Replications of each method.
+      options: What every command understands.
+    """
+    # They need scikit-learn's tables and all problems.
+    from experiments.studies.calibration import calibrate as run
+    from experiments.studies.calibration import score_table
+    from experiments.studies.calibration_settings import SETTINGS
+
+    if unknown := [name for name in settings if name not in SETTINGS]:
+        raise UserError(unknown_name("setting", unknown[0], SETTINGS))
+    names = settings or tuple(SETTINGS)
+    if options.smoke and not settings:
+        names = ("block_quadratic_heterogeneous",)
+    directory = options.runs_dir / f"calibration{_suffix(options)}"
+    found = run(names, directory, 2 if options.smoke else seeds, Monitor())
+    summary = directory / "summary.json"
+    write_atomically(summary, to_text(found))
+    path = calibration_figure.draw(found["rows"], _figure_path("calibration", options))
+    console = Console(width=_WIDTH)
+    console.print(score_table(found["scores"]))
+    for name, sentence in found["failures"].items():
+        console.print(f"Failed: {name}: {sentence}", highlight=False)
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
 
 
 # ---- Studies of the theory --------------------------------------------------------

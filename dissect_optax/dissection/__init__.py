@@ -23,6 +23,7 @@ from dissect_optax.dissection._effects import (
     Effect,
     mean_and_std,
     paired_effect,
+    share_interval,
     student_quantile,
 )
 from dissect_optax.dissection._environment import environment, processor
@@ -89,6 +90,7 @@ __all__ = [  # noqa: RUF022  # In the order in which a run meets them.
     "paired_effect",
     "mean_and_std",
     "student_quantile",
+    "share_interval",
     "CONFIDENCE",
     # a problem and its data,
     "Problem",
