@@ -23,6 +23,7 @@ from dissect_optax.dissection._effects import (
     Effects,
     crossovers,
     effects_between,
+    full_races,
     mean_and_std,
     outcome_of,
     race_finalists,
@@ -126,8 +127,8 @@ class Dissection:
       runs: All runs: of tuning, of a race, and replicates at the tuned step sizes.
       tunings: Choices of step sizes.
       measurements: Diagnostics at the start, the middle and the end of training.
-      warnings: Warnings that do not follow from these rows, about measurements for
-        example. All others are found here.
+      warnings: Warnings that do not follow from these rows, about the data for example.
+        All others are found here.
 
     Attributes:
       setup: As given.
@@ -220,9 +221,8 @@ class Dissection:
         for batch_size in self.setup.batch_sizes:
             race = select_runs(self.runs, batch_size, "race")
             if finalists := race_finalists(race, self.setup.race_steps):
-                length = max(run.steps[-1] for run in finalists)
-                full_length = [run for run in race if run.steps[-1] == length]
-                found[batch_size] = effects_between(finalists, full_length)
+                candidates = full_races(race, self.setup.race_steps)
+                found[batch_size] = effects_between(finalists, candidates)
         return found
 
     @functools.cached_property
@@ -282,7 +282,7 @@ class Dissection:
     @functools.cached_property
     def warnings(self) -> list[DissectionWarning]:
         """What may spoil the result."""
-        found = find_warnings(self.setup, self.runs, self.tunings)
+        found = find_warnings(self.setup, self.runs, self.tunings, self.measurements)
         # Of warnings read from JSON, NaN does not equal NaN; sentences do.
         return list(
             {
