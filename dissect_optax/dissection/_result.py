@@ -283,12 +283,7 @@ class Dissection:
     def warnings(self) -> list[DissectionWarning]:
         """What may spoil the result."""
         found = find_warnings(self.setup, self.runs, self.tunings, self.measurements)
-        # Of warnings read from JSON, NaN does not equal NaN; sentences do.
-        return list(
-            {
-                str(warning): warning for warning in (*self._given_warnings, *found)
-            }.values()
-        )
+        return [*self._given_warnings, *found]
 
     @functools.cached_property
     def summaries(self) -> list[MethodSummary]:
@@ -440,8 +435,8 @@ class Dissection:
     def to_json(self) -> str:
         """The result as JSON; null is a number that is not finite.
 
-        Rows are what `from_json` reads; effects and verdict are there for other
-        programs.
+        `from_json` reads the rows; effects, verdict and the warnings that follow from
+        rows are there for other programs.
         """
         content = {
             "format": _FORMAT,
@@ -455,6 +450,7 @@ class Dissection:
             },
             "verdict": [dataclasses.asdict(reading) for reading in self.verdict],
             "warnings": [warning.to_dict() for warning in self.warnings],
+            "given_warnings": [warning.to_dict() for warning in self._given_warnings],
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "tunings": [dataclasses.asdict(tuning) for tuning in self.tunings],
             "measurements": [dataclasses.asdict(row) for row in self.measurements],
@@ -483,7 +479,7 @@ class Dissection:
                 runs=[_run_from(fields) for fields in content["runs"]],
                 tunings=[_tuning_from(fields) for fields in content["tunings"]],
                 measurements=[MeasurementRow(**row) for row in content["measurements"]],
-                warnings=[warning_from_dict(row) for row in content["warnings"]],
+                warnings=[warning_from_dict(row) for row in content["given_warnings"]],
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(

@@ -77,8 +77,9 @@ def warning_from_dict(fields: Mapping[str, Any]) -> DissectionWarning:
     )
 
 
-def _runs(count: int) -> str:
-    return f"{count:,} run" + ("s" if count != 1 else "")
+def _number(value: float) -> str:
+    """Three digits; a dash where the number is not finite."""
+    return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +196,8 @@ class LossClipped(DissectionWarning):
     def sentence(self) -> str:
         """The warning in plain language."""
         return (
-            f"Training losses of {_runs(self.clipped)} of {self.runs} of {self.method}"
-            f" at batch size {self.batch_size} were clipped to [1e-6, 10] times the"
+            f"Training losses of {self.clipped} of {self.runs} replicates of"
+            f" {self.method} at batch size {self.batch_size} were clipped to [1e-6, 10] times the"
             f" first loss; they lie between {self.lowest:.3g} and {self.highest:.3g}"
             " times it."
         )
@@ -237,11 +238,17 @@ class EstimatorsDisagree(DissectionWarning):
     @property
     def sentence(self) -> str:
         """The warning in plain language."""
+        first, second = (
+            f"{_number(value)} ({_number(low)} to {_number(high)})"
+            for value, low, high in (
+                (self.first, self.first_low, self.first_high),
+                (self.second, self.second_low, self.second_high),
+            )
+        )
         return (
             f"Two estimates of {self.quantity} at the {self.when} of training with"
-            f" {self.method} at batch size {self.batch_size} disagree:"
-            f" {self.first:.3g} ({self.first_low:.3g} to {self.first_high:.3g}) and"
-            f" {self.second:.3g} ({self.second_low:.3g} to {self.second_high:.3g})."
+            f" {self.method} at batch size {self.batch_size} disagree: {first} and"
+            f" {second}."
             " Rely on neither."
         )
 

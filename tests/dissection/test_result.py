@@ -209,7 +209,7 @@ def test_warnings_of_the_diagnostics_are_passed_on() -> None:
     result = Dissection(make_setup(), [], [], [row])
     assert kinds(result) == {EstimatorsDisagree, MeasurementWarning}
     disagree, few = result.warnings
-    assert "0.5 (0.4 to 0.6) and 0.9 (0.8 to inf)" in disagree.sentence
+    assert "0.5 (0.4 to 0.6) and 0.9 (0.8 to –)" in disagree.sentence
     assert "FewBatches at the start of training with ADAM at batch size 8" in str(few)
     assert "Measured on 3 mini-batches only." in str(few)
     again = Dissection.from_json(result.to_json())
