@@ -197,9 +197,9 @@ class LossClipped(DissectionWarning):
         """The warning in plain language."""
         return (
             f"Training losses of {self.clipped} of {self.runs} replicates of"
-            f" {self.method} at batch size {self.batch_size} were clipped to [1e-6, 10] times the"
-            f" first loss; they lie between {self.lowest:.3g} and {self.highest:.3g}"
-            " times it."
+            f" {self.method} at batch size {self.batch_size} were clipped to [1e-6, 10]"
+            f" times the first loss; they lie between {self.lowest:.3g} and"
+            f" {self.highest:.3g} times it."
         )
 
 
