@@ -543,6 +543,27 @@ def effects_between(
     )
 
 
+def full_races(runs: Iterable[Run], steps: int | None = None) -> list[Run]:
+    """The race's runs at step sizes that were not pruned, at one batch size.
+
+    Args:
+      runs: Runs of the race at one batch size.
+      steps: Steps of the race; None for those of the longest run.
+
+    Returns:
+      All runs, diverged ones included, at the step sizes of each method at which some
+      run has so many steps.
+    """
+    everything = list(runs)
+    if not everything:
+        return []
+    length = steps or max(run.steps[-1] for run in everything)
+    reached = {
+        (run.method, run.learning_rate) for run in everything if run.steps[-1] >= length
+    }
+    return [run for run in everything if (run.method, run.learning_rate) in reached]
+
+
 def race_finalists(runs: Iterable[Run], steps: int | None = None) -> list[Run]:
     """The race's runs at the best step size of each method, at one batch size.
 
@@ -553,17 +574,10 @@ def race_finalists(runs: Iterable[Run], steps: int | None = None) -> list[Run]:
     Returns:
       For each method, the runs at the step size with the lowest mean outcome.
     """
-    everything = list(runs)
-    if not everything:
-        return []
-    length = steps or max(run.steps[-1] for run in everything)
     finalists = []
-    for candidates in _by_method(everything).values():
-        # Pruned step sizes were stopped earlier, diverged runs as well.
-        reached = {run.learning_rate for run in candidates if run.steps[-1] >= length}
-        complete = [run for run in candidates if run.learning_rate in reached]
-        best = pick_step_size(outcomes_by_rate(complete))
-        finalists += [run for run in complete if run.learning_rate == best]
+    for candidates in _by_method(full_races(runs, steps)).values():
+        best = pick_step_size(outcomes_by_rate(candidates))
+        finalists += [run for run in candidates if run.learning_rate == best]
     return finalists
 
 

@@ -23,6 +23,7 @@ from dissect_optax.dissection._effects import (
     Effects,
     crossovers,
     effects_between,
+    full_races,
     mean_and_std,
     outcome_of,
     race_finalists,
@@ -126,8 +127,8 @@ class Dissection:
       runs: All runs: of tuning, of a race, and replicates at the tuned step sizes.
       tunings: Choices of step sizes.
       measurements: Diagnostics at the start, the middle and the end of training.
-      warnings: Warnings that do not follow from these rows, about measurements for
-        example. All others are found here.
+      warnings: Warnings that do not follow from these rows, about the data for example.
+        All others are found here.
 
     Attributes:
       setup: As given.
@@ -220,9 +221,8 @@ class Dissection:
         for batch_size in self.setup.batch_sizes:
             race = select_runs(self.runs, batch_size, "race")
             if finalists := race_finalists(race, self.setup.race_steps):
-                length = max(run.steps[-1] for run in finalists)
-                full_length = [run for run in race if run.steps[-1] == length]
-                found[batch_size] = effects_between(finalists, full_length)
+                candidates = full_races(race, self.setup.race_steps)
+                found[batch_size] = effects_between(finalists, candidates)
         return found
 
     @functools.cached_property
@@ -282,13 +282,8 @@ class Dissection:
     @functools.cached_property
     def warnings(self) -> list[DissectionWarning]:
         """What may spoil the result."""
-        found = find_warnings(self.setup, self.runs, self.tunings)
-        # Of warnings read from JSON, NaN does not equal NaN; sentences do.
-        return list(
-            {
-                str(warning): warning for warning in (*self._given_warnings, *found)
-            }.values()
-        )
+        found = find_warnings(self.setup, self.runs, self.tunings, self.measurements)
+        return [*self._given_warnings, *found]
 
     @functools.cached_property
     def summaries(self) -> list[MethodSummary]:
@@ -440,8 +435,8 @@ class Dissection:
     def to_json(self) -> str:
         """The result as JSON; null is a number that is not finite.
 
-        Rows are what `from_json` reads; effects and verdict are there for other
-        programs.
+        `from_json` reads the rows; effects, verdict and the warnings that follow from
+        rows are there for other programs.
         """
         content = {
             "format": _FORMAT,
@@ -455,6 +450,7 @@ class Dissection:
             },
             "verdict": [dataclasses.asdict(reading) for reading in self.verdict],
             "warnings": [warning.to_dict() for warning in self.warnings],
+            "given_warnings": [warning.to_dict() for warning in self._given_warnings],
             "runs": [dataclasses.asdict(run) for run in self.runs],
             "tunings": [dataclasses.asdict(tuning) for tuning in self.tunings],
             "measurements": [dataclasses.asdict(row) for row in self.measurements],
@@ -483,7 +479,7 @@ class Dissection:
                 runs=[_run_from(fields) for fields in content["runs"]],
                 tunings=[_tuning_from(fields) for fields in content["tunings"]],
                 measurements=[MeasurementRow(**row) for row in content["measurements"]],
-                warnings=[warning_from_dict(row) for row in content["warnings"]],
+                warnings=[warning_from_dict(row) for row in content["given_warnings"]],
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(

@@ -125,7 +125,8 @@ class MeasurementRow:
       when: "start", "middle" or "end" of training.
       step: Number of steps before the measurement.
       diagnostics: `Diagnostics.to_dict()`: nested plain numbers; an interval is a
-        dictionary with "value", "low" and "high".
+        dictionary with "value", "low" and "high". "warnings", if there, is a list of
+        dictionaries with "name" and "text".
     """
 
     method: str
@@ -150,7 +151,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         if isinstance(value, Mapping):
             found += _flat(value, f"{prefix}{name}.")
         else:
-            found.append((f"{prefix}{name}", value))
+            # Diagnostics write numbers that are not finite as text, for JSON.
+            text = isinstance(value, str) and value in ("inf", "-inf", "nan")
+            found.append((f"{prefix}{name}", float(value) if text else value))
     return found
 
 
@@ -240,6 +243,11 @@ def is_interval(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and {"value", "low", "high"} <= value.keys()
 
 
-def number(value: float | None) -> float:
-    """The number, NaN for None, which JSON has for numbers that are not finite."""
+def number(value: float | str | None) -> float:
+    """The number that JSON holds: null or text where it was not finite.
+
+    Examples:
+      >>> number(0.5), number("-inf"), number(None)
+      (0.5, -inf, nan)
+    """
     return math.nan if value is None else float(value)

@@ -474,19 +474,11 @@ _DIRECTIONS = {
 def _measured_text(entry: Mapping[str, Any], row: MeasurementRow, scale: float) -> str:
     """Interval and number of mini-batches of a measured quantity."""
     low, high = number(entry["low"]) * scale, number(entry["high"]) * scale
-    count = sample_size(row.diagnostics)
+    count = row.diagnostics.get("batches")
     n = f", n = {count:,} mini-batches" if count else ""
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"95 % interval unbounded{n}"
     return f"95 % interval {plain(low)} to {plain(high)}{n}"
-
-
-def sample_size(diagnostics: Mapping[str, Any]) -> int | None:
-    """Number of mini-batches of a measurement, where it says so."""
-    for name in ("mini_batches", "batches", "num_batches"):
-        if isinstance(diagnostics.get(name), int):
-            return int(diagnostics[name])
-    return None
 
 
 def _about_measurements(

@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dissect_optax.dissection._effects import outcome_of
-from dissect_optax.dissection._rows import Run, Setup, Tuning
+from dissect_optax.dissection._rows import (
+    MeasurementRow,
+    Run,
+    Setup,
+    Tuning,
+    is_interval,
+    number,
+)
 
 _ENOUGH_SEEDS = 5
 _ENOUGH_TUNING_SEEDS = 3
@@ -70,8 +77,9 @@ def warning_from_dict(fields: Mapping[str, Any]) -> DissectionWarning:
     )
 
 
-def _runs(count: int) -> str:
-    return f"{count:,} run" + ("s" if count != 1 else "")
+def _number(value: float) -> str:
+    """Three digits; a dash where the number is not finite."""
+    return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +196,10 @@ class LossClipped(DissectionWarning):
     def sentence(self) -> str:
         """The warning in plain language."""
         return (
-            f"Training losses of {_runs(self.clipped)} of {self.runs} of {self.method}"
-            f" at batch size {self.batch_size} were clipped to [1e-6, 10] times the"
-            f" first loss; they lie between {self.lowest:.3g} and {self.highest:.3g}"
-            " times it."
+            f"Training losses of {self.clipped} of {self.runs} replicates of"
+            f" {self.method} at batch size {self.batch_size} were clipped to [1e-6, 10]"
+            f" times the first loss; they lie between {self.lowest:.3g} and"
+            f" {self.highest:.3g} times it."
         )
 
 
@@ -230,12 +238,45 @@ class EstimatorsDisagree(DissectionWarning):
     @property
     def sentence(self) -> str:
         """The warning in plain language."""
+        first, second = (
+            f"{_number(value)} ({_number(low)} to {_number(high)})"
+            for value, low, high in (
+                (self.first, self.first_low, self.first_high),
+                (self.second, self.second_low, self.second_high),
+            )
+        )
         return (
             f"Two estimates of {self.quantity} at the {self.when} of training with"
-            f" {self.method} at batch size {self.batch_size} disagree:"
-            f" {self.first:.3g} ({self.first_low:.3g} to {self.first_high:.3g}) and"
-            f" {self.second:.3g} ({self.second_low:.3g} to {self.second_high:.3g})."
+            f" {self.method} at batch size {self.batch_size} disagree: {first} and"
+            f" {second}."
             " Rely on neither."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasurementWarning(DissectionWarning):
+    """A warning of the diagnostics about one measurement.
+
+    Attributes:
+      about: Its name there, "SignsNotResolved" for example.
+      text: Its sentence, with its numbers.
+      method: Label of the method whose parameters were measured.
+      batch_size: Examples per mini-batch.
+      when: "start", "middle" or "end" of training.
+    """
+
+    about: str
+    text: str
+    method: str
+    batch_size: int
+    when: str
+
+    @property
+    def sentence(self) -> str:
+        """The warning in plain language."""
+        return (
+            f"{self.about} at the {self.when} of training with {self.method} at batch"
+            f" size {self.batch_size}. {self.text}"
         )
 
 
@@ -262,17 +303,21 @@ class CorrelatedExamples(DissectionWarning):
 
 
 def find_warnings(
-    setup: Setup, runs: Sequence[Run], tunings: Sequence[Tuning]
+    setup: Setup,
+    runs: Sequence[Run],
+    tunings: Sequence[Tuning],
+    measurements: Sequence[MeasurementRow],
 ) -> list[DissectionWarning]:
-    """The warnings that follow from runs and tunings.
+    """The warnings that follow from the rows of a result.
 
     Args:
       setup: Everything that was the same for all runs.
       runs: All runs.
       tunings: All choices of step sizes.
+      measurements: All measurements.
 
     Returns:
-      The warnings; those about measurements are not among them.
+      The warnings.
     """
     found = _about_tuning(setup, runs, tunings)
     role = "race" if setup.budget == "race" else "replicate"
@@ -292,6 +337,9 @@ def find_warnings(
                 and run.role == "replicate"
             ]
             found += _about_replicates(label, batch_size, chosen)
+    for row in measurements:
+        label = setup.methods.get(row.method, row.method)
+        found += _about_measurement(label, row)
     return found
 
 
@@ -348,4 +396,34 @@ def _about_replicates(
                 label, batch_size, len(clipped), len(runs), min(ratios), max(ratios)
             )
         )
+    return found
+
+
+def _about_measurement(label: str, row: MeasurementRow) -> list[DissectionWarning]:
+    """Warnings that the diagnostics gave about one measurement."""
+    found: list[DissectionWarning] = []
+    diagnostics = row.diagnostics
+    for warning in diagnostics.get("warnings") or ():
+        first = diagnostics.get("dominance")
+        second = diagnostics.get("dominance_by_cauchy")
+        if (
+            warning["name"] == "EstimatorsDisagree"
+            and is_interval(first)
+            and is_interval(second)
+        ):
+            numbers = [
+                number(entry[name])
+                for entry in (first, second)
+                for name in ("value", "low", "high")
+            ]
+            found.append(
+                EstimatorsDisagree(
+                    "the diagonal dominance", label, row.batch_size, row.when, *numbers
+                )
+            )
+        else:
+            name, text = str(warning["name"]), str(warning["text"])
+            found.append(
+                MeasurementWarning(name, text, label, row.batch_size, row.when)
+            )
     return found

@@ -100,7 +100,7 @@ def make_measurement(batch_size: int = 8, when: Any = "start") -> MeasurementRow
         when,
         step,
         {
-            "mini_batches": 16,
+            "batches": 16,
             "noise_scale": interval(40.0 * growth + batch_size, 6.0 * growth),
             "sign_success": interval(0.8 - 0.01 * growth, 0.02),
             "improvement": {

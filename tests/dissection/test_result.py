@@ -17,6 +17,7 @@ from dissect_optax.dissection._warnings import (
     Diverged,
     EstimatorsDisagree,
     LossClipped,
+    MeasurementWarning,
     NothingStable,
     SameInitialLoss,
     StepSizeAtGridEdge,
@@ -26,6 +27,7 @@ from dissect_optax.dissection._warnings import (
 )
 from tests.dissection.examples import (
     FALLS,
+    interval,
     make_example,
     make_measurement,
     make_run,
@@ -194,6 +196,26 @@ def test_a_method_that_is_never_stable_is_named() -> None:
     assert "ADAM" in str(result)
 
 
+def test_warnings_of_the_diagnostics_are_passed_on() -> None:
+    given = {
+        "dominance": interval(0.5, 0.1),
+        "dominance_by_cauchy": {"value": 0.9, "low": 0.8, "high": "inf"},
+        "warnings": [
+            {"name": "EstimatorsDisagree", "text": "They disagree."},
+            {"name": "FewBatches", "text": "Measured on 3 mini-batches only."},
+        ],
+    }
+    row = dataclasses.replace(make_measurement(), diagnostics=given)
+    result = Dissection(make_setup(), [], [], [row])
+    assert kinds(result) == {EstimatorsDisagree, MeasurementWarning}
+    disagree, few = result.warnings
+    assert "0.5 (0.4 to 0.6) and 0.9 (0.8 to –)" in disagree.sentence
+    assert "FewBatches at the start of training with ADAM at batch size 8" in str(few)
+    assert "Measured on 3 mini-batches only." in str(few)
+    again = Dissection.from_json(result.to_json())
+    assert [str(w) for w in again.warnings] == [str(w) for w in result.warnings]
+
+
 def test_seeds_that_start_alike_are_noticed() -> None:
     runs = [
         dataclasses.replace(run, training_loss=(2.3, *run.training_loss[1:]))
@@ -215,6 +237,7 @@ def test_seeds_that_start_alike_are_noticed() -> None:
         SameInitialLoss(5, 2.3),
         EstimatorsDisagree("c", "ADAM", 8, "end", 0.5, 0.4, 0.6, 0.9, 0.8, 1.0),
         CorrelatedExamples(0.4, 0.3, 0.5),
+        MeasurementWarning("FewBatches", "Measured on 3.", "ADAM", 8, "start"),
     ],
     ids=lambda warning: warning.name,
 )

@@ -173,8 +173,8 @@ def test_the_noise_scale_recommends_no_batch_size() -> None:
     assert not re.search(r"recommend|should|prefer|optimal|use a", words)
 
 
-@pytest.mark.parametrize("unknown", [math.nan, math.inf, None])
-def test_unbounded_measurements_are_sentences(unknown: float | None) -> None:
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, None, "inf"])
+def test_unbounded_measurements_are_sentences(unknown: float | str | None) -> None:
     row = make_measurement()
     entry = {"value": 3.0, "low": 0.0, "high": unknown}
     changed = type(row)(row.method, 8, "start", 0, {"noise_scale": entry})
