@@ -13,6 +13,7 @@ from dissect_optax.diagnostics._measure import (
     Warned,
     measure,
 )
+from dissect_optax.diagnostics._watch import WatchState, scalars, watch
 
 __all__ = [  # noqa: RUF022
     "measure",
@@ -21,4 +22,7 @@ __all__ = [  # noqa: RUF022
     "Interval",
     "SignBin",
     "Warned",
+    "watch",
+    "scalars",
+    "WatchState",
 ]

@@ -171,7 +171,7 @@ def _column_sums(
 def _from_columns(
     sample: _Columns, sizes: list[int]
 ) -> tuple[Interval, float, float, float]:
-    """C with its interval, Σ|q_ii|, Σ|q_ij| and the error of the latter.
+    """Dominance with its interval, Σ|q_ii|, Σ|q_ij| and the error of the latter.
 
     Stratified sampling: d_l times the mean over the sampled columns of each parameter
     l, with the variance d_l² (1 - n_l/d_l) s_l²/n_l, which is zero where all columns of

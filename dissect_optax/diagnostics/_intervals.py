@@ -39,6 +39,12 @@ class Interval(NamedTuple):
 UNKNOWN = Interval(math.nan, 0.0, math.inf)
 
 
+def in_range(interval: Interval, low: float, high: float) -> Interval:
+    """The interval cut at the ends of what is possible, in Python's numbers."""
+    cut = [min(max(float(end), low), high) for end in interval]
+    return Interval(*(cut if not math.isnan(interval.value) else [math.nan, *cut[1:]]))
+
+
 @functools.lru_cache(maxsize=1024)
 def student_quantile(degrees: int, tail: float = (1 - CONFIDENCE) / 2) -> float:
     """The t that a Student variable exceeds with probability `tail`."""
@@ -80,7 +86,7 @@ def plain_interval(
         return Interval(value, low, high)
     error = math.sqrt(jackknife_covariance(replicates[:, None])[0, 0])
     half = student_quantile(count - 1) * error
-    return Interval(value, max(low, value - half), min(high, value + half))
+    return in_range(Interval(value, value - half, value + half), low, high)
 
 
 def positive_ratio_interval(
@@ -109,7 +115,7 @@ def positive_ratio_interval(
     low = max(constant / (cross + root), 0.0) if cross + root > 0 else 0.0
     bounded = denominator > 0 and square > 0
     high = (cross + root) / square if bounded else math.inf
-    return Interval(value, min(low, value), max(high, value))
+    return in_range(Interval(value, min(low, value), max(high, value)), 0.0, math.inf)
 
 
 def signal_to_noise_covariance(

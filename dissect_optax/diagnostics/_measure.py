@@ -21,6 +21,7 @@ from dissect_optax.diagnostics._intervals import (
     UNKNOWN,
     Interval,
     bounded_interval,
+    in_range,
     jackknife_covariance,
     plain_interval,
     positive_ratio_interval,
@@ -631,7 +632,7 @@ def _relative_variance(factor: float) -> float:
 
 
 def _noise_scale(numbers: _Numbers, leaves: list[int], batch_size: int) -> Interval:
-    """Tr Σ/‖∇L‖² of some leaves."""
+    """Noise scale tr Σ/‖∇L‖² of some leaves."""
     noise = numbers.first.noise[:, leaves].sum(axis=1)
     between = numbers.second.ahead[:, 0][:, leaves].sum(axis=1)
     count = len(noise)
@@ -690,11 +691,13 @@ def _sign_success(second: Second, active: float, leaves: list[int]) -> Interval:
     if count < 3:
         value = (float(upper.mean()) + 0.5) / 2
         return Interval(value, 0.0, 1.0)
-    errors = [float(x.std(ddof=1)) / math.sqrt(count) for x in (lower, upper)]
-    interval = bounded_interval(
-        float(lower.mean()), float(upper.mean()), *errors, count - 1
+    lower_error, upper_error = (
+        float(x.std(ddof=1)) / math.sqrt(count) for x in (lower, upper)
     )
-    return Interval(interval.value, max(interval.low, 0.0), min(interval.high, 1.0))
+    interval = bounded_interval(
+        float(lower.mean()), float(upper.mean()), lower_error, upper_error, count - 1
+    )
+    return in_range(interval, 0.0, 1.0)
 
 
 def _calibration(second: Second, elements: Elements) -> tuple[SignBin, ...]:
@@ -751,12 +754,13 @@ def _improvement(
     dens = curvature.mean(axis=0)
     if not dens.sum() > 0:
         return Interval(math.inf, 0.0, math.inf), unknown
-    value, root = _eleven(slopes.sum(), dens.sum())
+    root = _roots_of_improvements(slopes.sum(), dens.sum())
+    value = max(float(root[0]), 0.0) ** 2
     step = slopes.sum() / dens.sum()
     parts = step * slopes - step**2 / 2 * dens
     if any(replicates is None for _, replicates in pairs):
         unbounded = [Interval(float(p), -math.inf, math.inf) for p in parts]
-        return Interval(float(max(root, 0.0) ** 2), 0.0, math.inf), unbounded
+        return Interval(value, 0.0, math.inf), unbounded
     slopes_without = np.stack([r for _, r in pairs if r is not None], axis=1)
     # A mini-batch bends one direction and lends its curvature to the one before.
     dens_without = (count * dens - curvature - np.roll(curvature, 1, axis=0)) / (
@@ -765,33 +769,29 @@ def _improvement(
     total = dens_without.sum(axis=1)
     if not (total > 0).all():
         unbounded = [Interval(float(p), -math.inf, math.inf) for p in parts]
-        return Interval(float(max(root, 0.0) ** 2), 0.0, math.inf), unbounded
-    _, roots = _eleven(slopes_without.sum(axis=1), total)
+        return Interval(value, 0.0, math.inf), unbounded
+    roots = _roots_of_improvements(slopes_without.sum(axis=1), total)
     steps = (slopes_without.sum(axis=1) / total)[:, None]
     parts_without = steps * slopes_without - steps**2 / 2 * dens_without
     contributions = [
         plain_interval(float(p), replicates, -math.inf, math.inf)
         for p, replicates in zip(parts, parts_without.T, strict=True)
     ]
-    del value
-    return square_interval(float(root), roots), contributions
+    return square_interval(float(root[0]), roots), contributions
 
 
-def _eleven(slope: Any, curvature: Any) -> tuple[np.ndarray, np.ndarray]:
-    """I of Eq. (11) from ∇LᵀE[z] and E[zᵀHz], and its root with the slope's sign.
+def _roots_of_improvements(slope: Any, curvature: Any) -> np.ndarray:
+    """Roots of I(z), Eq. (11), with the signs of the slopes.
 
-    The quadratic along a direction has one dimension, in which the direction is one.
+    Of ∇LᵀE[z] and E[zᵀHz], both of any length. The quadratic along a direction has one
+    dimension, in which the direction is one.
     """
     slopes, curvatures = (np.atleast_1d(x)[:, None] for x in (slope, curvature))
     along = theory.Direction(jnp.ones(1), jnp.ones((1, 1)))
-    value = np.asarray(
-        _improvement_along(
-            along, jnp.asarray(slopes), jnp.asarray(curvatures[:, :, None])
-        ),
-        float,
+    values = _improvement_along(
+        along, jnp.asarray(slopes), jnp.asarray(curvatures[:, :, None])
     )
-    root = np.sign(slopes[:, 0]) * np.sqrt(value)
-    return np.squeeze(value), np.squeeze(root)
+    return np.sign(slopes[:, 0]) * np.sqrt(np.asarray(values, float))
 
 
 _improvement_along = jax.jit(
@@ -813,7 +813,7 @@ def _warnings(
         found.append(
             Warned(
                 "FewBatches",
-                f"Only {count} mini-batch{'es were' if count > 1 else ' was'} measured; "
+                f"Measured on {count} mini-batch{'es' if count > 1 else ''} only: the "
                 "intervals are wide or unbounded. Pass more data.",
             )
         )

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from dissect_optax import theory
 from dissect_optax.diagnostics._problem import Leaves, Loss
 
+# Of jax.Array on the device, and of np.ndarray when the numbers have been collected.
+Numbers = Any
 # Directions of §2.1, in the order of Table 1.
 DIRECTIONS = ("gradient", "sign", "adapted_gradient", "adapted_sign")
 # Where predicted sign success is compared with counted success.
@@ -49,8 +51,8 @@ class Totals(NamedTuple):
 class First(NamedTuple):
     """Numbers of one mini-batch from the first pass: the loss, and tr ŝ by leaf."""
 
-    loss: jax.Array
-    noise: jax.Array
+    loss: Numbers
+    noise: Numbers
 
 
 class Second(NamedTuple):
@@ -67,13 +69,13 @@ class Second(NamedTuple):
       curvature: z·Hz, H from the next mini-batch; None where it is not wanted.
     """
 
-    neighbours: jax.Array
-    agree_with_all: jax.Array
-    agree_with_others: jax.Array
-    agree_above: jax.Array
-    ahead: jax.Array
-    behind: jax.Array
-    curvature: jax.Array | None
+    neighbours: Numbers
+    agree_with_all: Numbers
+    agree_with_others: Numbers
+    agree_above: Numbers
+    ahead: Numbers
+    behind: Numbers
+    curvature: Numbers
 
 
 class Elements(NamedTuple):
@@ -90,13 +92,13 @@ class Elements(NamedTuple):
       success_above: Their success, summed.
     """
 
-    active: jax.Array
-    factor: jax.Array
-    below_half: jax.Array
-    unresolved: jax.Array
-    success: jax.Array
-    above: jax.Array
-    success_above: jax.Array
+    active: Numbers
+    factor: Numbers
+    below_half: Numbers
+    unresolved: Numbers
+    success: Numbers
+    above: Numbers
+    success_above: Numbers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ _EXAMPLES_TO_COMPARE = 3
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The user's functions and how they are called; hashable, so that it can be kept."""
+    """The user's functions and how they are called, as a key of compiled programs."""
 
     function: Callable[..., Any]
     regularizer: Callable[[PyTree], jax.Array] | None
@@ -325,8 +325,8 @@ def check_batch_size(batch_size: Any, examples: int) -> None:
         raise TypeError(f"`batch_size` must be an integer, got {batch_size!r}.")
     if batch_size < 2:
         raise ValueError(
-            f"`batch_size` must be at least 2, got {batch_size}: a single example shows "
-            "no variance within its mini-batch. The noise scale does not depend on it; "
+            f"`batch_size` must be at least 2, got {batch_size}: one example shows no "
+            "variance within its mini-batch. The noise scale does not depend on it; "
             "the variance of one example's gradient is `batch_size` times as large."
         )
     if batch_size > examples:
@@ -419,11 +419,12 @@ def _check_against_batch(point: Point, examples: Any) -> None:
         return abs(first - second) <= 1e-4 * (abs(first) + abs(second))
 
     # A loss that sees no batch axis, like a sum of squares, adds up instead.
-    if same(together, float(np.mean(alone))) and not same(together, np.mean(bare)):
+    mean_of_bare = float(np.mean(bare))
+    if same(together, float(np.mean(alone))) and not same(together, mean_of_bare):
         raise TypeError(
             "The loss seems to be the mean over a batch: of "
-            f"{count} examples together it is {together:.6g}, the mean of what it is on "
-            f"batches of one, but the mean over bare examples is {np.mean(bare):.6g}. "
+            f"{count} examples together it is {together:.6g}, the mean of what it is "
+            f"on batches of one, but over bare examples that is {mean_of_bare:.6g}. "
             "Pass `batched=True`, or a loss of one example without the batch axis."
         )
 
