@@ -125,7 +125,8 @@ def dissect(
       budget: "race" trains the race only, and forecasts the rest.
       evaluation_interval: Steps between two evaluations; must divide `steps`.
       level: What `diagnostics.measure` measures at the start, the middle and the end
-        of one replication of ADAM; None for nothing.
+        of one replication of ADAM; None for nothing. Nothing is measured at batch size
+        1, or above the number of examples.
       title: Title of the report.
       progress: Whether to show progress on standard error.
 
@@ -309,7 +310,10 @@ def _dissect_method(
     for records in tuned.full.values():
         found.runs += _rows_of_runs(records, "tuning")
     found.tunings.append(_tuning_of(job, protocol, method, tuned))
-    if level is not None and method.name == "adam":
+    examples = number_of_examples(job.data.training)
+    # One example has no variance, and mini-batches to measure on are disjoint.
+    measurable = 2 <= job.settings.batch_size <= examples
+    if level is not None and method.name == "adam" and measurable:
         job = dataclasses.replace(job, diagnosis=_diagnosis(job, level))
     records = replicate(job, method, tuned.learning_rate, seeds)
     found.runs += _rows_of_runs(records, "replicate")

@@ -155,8 +155,16 @@ def _identity(
     """Digests of the programs that make a problem this one."""
     parts = [program_digest(function, *shapes) for function, shapes in programs]
     if schedule is not None:
-        rates = jnp.arange(10.0)
-        parts.append(program_digest(_rates(schedule), 1.0, rates))
+        try:
+            parts.append(program_digest(_rates(schedule), 1.0, jnp.arange(10.0)))
+        except Exception as error:
+            raise UserError(
+                "`schedule` cannot be called with a traced step size:"
+                f" {first_line(error)} Expected a function from the step size to a"
+                " learning rate or a schedule, such as `lambda size: lambda step: size"
+                " * shape(step)` with `shape = optax.warmup_cosine_decay_schedule(0.0,"
+                " 1.0, 50, 1000)`."
+            ) from error
     return {"program": hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]}
 
 

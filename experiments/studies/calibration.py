@@ -58,8 +58,9 @@ def one_step_effect(improvement: Mapping[str, Any], effect: str) -> float:
     """
     logs = []
     for with_aspect, without in _COMPARED[effect]:
-        values = [improvement[name]["value"] for name in (with_aspect, without)]
-        if not all(value is not None and 0 < value < math.inf for value in values):
+        # JSON has strings for numbers that are not finite.
+        values = [float(improvement[name]["value"]) for name in (with_aspect, without)]
+        if not all(0 < value < math.inf for value in values):
             return math.nan
         logs.append(math.log(values[1] / values[0]))
     return sum(logs) / len(logs)

@@ -1,4 +1,4 @@
-"""The problems of the calibration: small, different, and each a few seconds to train."""
+"""The problems of the calibration: small, different, a few seconds to train."""
 
 import dataclasses
 import functools
@@ -127,9 +127,10 @@ def block_quadratic(kind: str, steps: int = 500) -> Problem:
     def evaluate(theta: jax.Array, row: jax.Array) -> jax.Array:
         return 0.5 * jnp.square(row @ theta)
 
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 20, 1), steps)
+
     def schedule(learning_rate: Any) -> optax.Schedule:
-        warmup = max(steps // 20, 1)
-        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
+        return lambda step: learning_rate * shape(step)
 
     return _problem(
         f"block_quadratic_{kind}",
@@ -307,7 +308,7 @@ SETTINGS: dict[str, Setting] = {
             Setting(
                 f"quadratic_{spectrum}_{'rotated' if rotated else 'aligned'}",
                 functools.partial(_quadratic, spectrum, rotated),
-                (1, 16),
+                (2, 16),
             )
             for spectrum in ("well", "ill")
             for rotated in (False, True)
@@ -316,7 +317,7 @@ SETTINGS: dict[str, Setting] = {
             Setting(
                 f"block_quadratic_{kind}",
                 functools.partial(block_quadratic, kind, 400),
-                (1, 3),
+                (3, 8),
             )
             for kind in BLOCK_SPECTRA
         ),
