@@ -1,6 +1,5 @@
 """Runs that are killed, interrupted or resumed end with the same records."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -45,19 +44,6 @@ REPORT = "dissect_optax.dissection._progress.GroupReport"
 
 
 @pytest.fixture
-def interrupt_at_first_report(monkeypatch):
-    """Runs something until its first steps are reported."""
-
-    def interrupt(run, number=signal.SIGINT):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"{REPORT}.__call__", lambda *_: os.kill(os.getpid(), number))
-            with pytest.raises(KeyboardInterrupt):
-                run()
-
-    return interrupt
-
-
-@pytest.fixture
 def begun_at(monkeypatch):
     """The steps at which groups begin, or go on."""
     steps = []
@@ -79,11 +65,9 @@ def with_steps(root, steps, **changes):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_signal_loses_nothing(
-    number, tmp_path, interrupt_at_first_report, begun_at, capsys
-):
+def test_signal_loses_nothing(number, tmp_path, stop_at_first_report, begun_at, capsys):
     runs = job(tmp_path)
-    interrupt_at_first_report(lambda: train(runs), number)
+    stop_at_first_report(lambda: train(runs), number)
     assert "Stopping in a moment" in capsys.readouterr().err
     assert not list(tmp_path.glob(RECORDS))
     # Nothing is left of the signal.
@@ -140,9 +124,9 @@ def test_interrupt_ends_an_evaluation(evaluation, checkpoints, tmp_path, monkeyp
     assert [line.step for line in record.evaluations] == [0, 10, 20]
 
 
-def test_interrupt_of_runs_in_memory_begins_them_again(interrupt_at_first_report):
+def test_interrupt_of_runs_in_memory_begins_them_again(stop_at_first_report):
     runs = job(None)
-    interrupt_at_first_report(lambda: train(runs))
+    stop_at_first_report(lambda: train(runs))
     assert without_seconds(train(runs)) == without_seconds(train(job(None)))
 
 
@@ -270,19 +254,24 @@ def test_two_processes_on_one_directory(tmp_path):
     assert without_seconds(found) == without_seconds(train(job(None)))
 
 
+# `exec` keeps the process, which is the leader of the terminal's session.
+WITH_A_TERMINAL = """
+import os, sys
+os.login_tty(0)
+os.execv(sys.executable, [sys.executable, "-m", "tests.dissection.toys", *sys.argv[1:]])
+"""
+
+
 def test_closing_the_terminal_keeps_what_was_trained(tmp_path):
     controller, terminal = pty.openpty()
-    # The session leader of a terminal gets SIGHUP when it is closed.
-    process = start(
-        tmp_path,
-        10_000_000,
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_A_TERMINAL, str(tmp_path), "10000000", "1"],
+        cwd=REPOSITORY,
         stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        preexec_fn=lambda: os.login_tty(os.dup(0)),
     )
     os.close(terminal)
     wait_for(process, tmp_path, f"{CHECKPOINTS}/[0-9]*0")
+    # Its leader gets SIGHUP, and can say nothing any more.
     os.close(controller)
     assert process.wait(timeout=120) != -signal.SIGHUP
     (checkpoint,) = tmp_path.glob(f"{CHECKPOINTS}/*")
@@ -290,11 +279,11 @@ def test_closing_the_terminal_keeps_what_was_trained(tmp_path):
 
 
 def test_long_way_to_an_evaluation_is_taken_in_pieces(
-    tmp_path, interrupt_at_first_report, begun_at
+    tmp_path, stop_at_first_report, begun_at
 ):
     settings = dataclasses.replace(SETTINGS, steps=600, evaluation_interval=300)
     runs = job(tmp_path, settings=settings)
-    interrupt_at_first_report(lambda: train(runs))
+    stop_at_first_report(lambda: train(runs))
     record = train(runs)
     assert begun_at == [0, 1]
     whole = train(job(None, settings=settings))
@@ -321,21 +310,21 @@ def noisy_sgd(learning_rate):
     )
 
 
-def test_state_of_any_kind_is_kept(tmp_path, interrupt_at_first_report, monkeypatch):
+def test_state_of_any_kind_is_kept(tmp_path, stop_at_first_report, monkeypatch):
     monkeypatch.setitem(METHODS, "noisy", Method("noisy", "noisy", noisy_sgd))
     runs = job(tmp_path)
-    interrupt_at_first_report(lambda: train(runs, "noisy", 0.01))
+    stop_at_first_report(lambda: train(runs, "noisy", 0.01))
     record = train(runs, "noisy", 0.01)
     assert without_seconds(record) == without_seconds(train(job(None), "noisy", 0.01))
 
 
 def test_group_that_is_resumed_has_its_size_again(
-    tmp_path, interrupt_at_first_report, monkeypatch
+    tmp_path, stop_at_first_report, monkeypatch
 ):
     method = get_method("m_svag")
     runs = job(tmp_path, replicas=3)
     configs = toys.group_configs(runs, 2)
-    interrupt_at_first_report(lambda: complete(runs, method, "toy", configs))
+    stop_at_first_report(lambda: complete(runs, method, "toy", configs))
     # One run at a time would be another program, whose rounding differs.
     alone = dataclasses.replace(runs, replicas=1)
     monkeypatch.setattr(running, "replicas_per_program", pytest.fail)
@@ -395,14 +384,14 @@ def other_data(_):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_data_are_not_mixed_with_those_of_before(
-    finished, seed, tmp_path, interrupt_at_first_report
+    finished, seed, tmp_path, stop_at_first_report
 ):
     runs = job(tmp_path)
     if finished:
         train(runs)
         (path,) = tmp_path.glob(RECORDS)
     else:
-        interrupt_at_first_report(lambda: train(runs))
+        stop_at_first_report(lambda: train(runs))
         (path,) = tmp_path.glob("toy/m_svag/unfinished/*/group.json")
     # The same run as well, although its record is there.
     others = job(
@@ -524,8 +513,8 @@ def test_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
 def test_nothing_is_written_for_runs_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = job(None, checkpoint_seconds=0.0)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(monkeypatch.context()).setattr("os.fsync", pytest.fail)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", pytest.fail)
         record = train(runs)
     assert not list(tmp_path.iterdir())
     on_disk = train(job(tmp_path / "runs", checkpoint_seconds=0.0))
