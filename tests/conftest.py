@@ -41,10 +41,10 @@ def small_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def interrupt_at_first_news(
+def interrupt_at_first_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[Sequence[str]], None]:
-    """Runs a command of the experiments until the first news of its first steps."""
+    """Runs a command of the experiments until its first steps are reported."""
     return functools.partial(_interrupt, monkeypatch)
 
 
@@ -54,7 +54,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            "experiments.progress.GroupReport.__call__",
+            "dissect_optax.dissection._progress.GroupReport.__call__",
             lambda *_: os.kill(os.getpid(), signal.SIGINT),
         )
         assert main(command) == INTERRUPTED

@@ -290,8 +290,13 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
             ).state["bytes"]
             if measured["bytes"] != _digest(content):
                 raise ValueError("its numbers are not those that were written")
+            state = _from_bytes(content, template)
+            if np.any(np.asarray(state.step) != step):
+                raise ValueError("its directory has the name of another step")
+            if len(measured["evaluations"]) != len(group.configs):
+                raise ValueError("it is not one of these runs")
             return GroupProgress(
-                state=_from_bytes(content, template),
+                state=state,
                 step=step,
                 seconds=float(measured["seconds"]),
                 evaluations=[

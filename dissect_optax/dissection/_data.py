@@ -85,7 +85,8 @@ def fingerprint(data: Data) -> str:
     """
     content = hashlib.sha256()
     for array in jax.tree.leaves(data):
-        content.update(np.ascontiguousarray(array).data)
+        # `tobytes` takes bfloat16, which Python's buffers do not have.
+        content.update(np.asarray(array).tobytes())
     sizes = [number_of_examples(part) for part in data[:2] if part is not None]
     return f"{' + '.join(map(str, sizes))} examples, {content.hexdigest()[:12]}"
 

@@ -39,7 +39,27 @@ _EXAMPLES_IN_A_PIECE = 1000
 def _measure(problem: Problem, params: PyTree, example: PyTree) -> dict[str, jax.Array]:
     """Loss and metrics of one example; booleans count as zero and one."""
     loss, metrics = problem.evaluate(params, example)
-    return {"loss": loss, **metrics}
+    if reserved := {"loss", "data_loss"} & metrics.keys():
+        raise ValueError(
+            f"A metric of {problem.name} is called '{reserved.pop()}', like the loss"
+            " that `evaluate` returns before the metrics. Give it another name."
+        )
+    measured = {"loss": loss, **metrics}
+    if shapes := {name: jnp.shape(m) for name, m in measured.items() if jnp.shape(m)}:
+        raise ValueError(
+            f"`evaluate` of {problem.name} must return a scalar loss and scalar metrics"
+            f" of one example, got arrays of these shapes: {shapes}."
+        )
+    # Sums over examples have more digits than bfloat16.
+    return {name: _at_least_float32(value) for name, value in measured.items()}
+
+
+def _at_least_float32(value: jax.typing.ArrayLike) -> jax.Array:
+    """The value in float32 if it is a float of fewer bits."""
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize < 4:
+        return value.astype(jnp.float32)
+    return value
 
 
 def _measure_piece(

@@ -94,4 +94,7 @@ def _record(number: int, frame: FrameType | None) -> None:
     _arrived.set()
     signal.signal(number, _record_and_raise)
     how = "Ctrl-C again" if number == signal.SIGINT else "A second signal"
-    print(f"\nStopping in a moment. {how} stops at once.", file=sys.stderr)
+    # After SIGHUP there may be no terminal any more, and a signal may arrive while
+    # something else is printed.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        print(f"\nStopping in a moment. {how} stops at once.", file=sys.stderr)

@@ -31,7 +31,15 @@ _LARGEST_SEED = 2**32 - 1
 # A record of a thousand evaluations has some hundred kilobytes.
 _LARGEST_FILE = 100_000_000
 # Whatever may be wrong with a file that somebody else wrote.
-DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def numerics() -> dict[str, Any]:
@@ -53,7 +61,8 @@ class RunConfig:
       learning_rate: The tuned step size.
       seed: Seed of initial parameters, mini-batches and noise.
       settings: Steps, batch size, evaluations.
-      description: What else makes the problem this one, such as its network.
+      description: What else makes the problem this one, such as its network; kept as
+        JSON says it, with lists for tuples.
       numerics: Settings of JAX that change numbers.
 
     Raises:
@@ -91,6 +100,31 @@ class RunConfig:
             raise ValueError(
                 f"`seed` must lie in [0, {_LARGEST_SEED}], got {self.seed}."
             )
+        for field in ("description", "numerics"):
+            # A run that is read from a file must equal the one that was written.
+            object.__setattr__(self, field, json_object(field, getattr(self, field)))
+
+
+def json_object(name: str, content: Any) -> dict[str, Any]:
+    """The content as a file would give it back.
+
+    Args:
+      name: What it is, for the error.
+      content: A mapping.
+
+    Returns:
+      The same as a JSON object: keys are text, tuples are lists, and None stands for a
+      number that is not finite.
+
+    Raises:
+      TypeError: It is not a mapping, or holds what JSON does not have.
+    """
+    if not isinstance(content, Mapping):
+        raise TypeError(f"`{name}` must be a mapping, got {content!r}.")
+    try:
+        return json.loads(json.dumps(_finite(dict(content)), allow_nan=False))
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be JSON: {error}.") from error
 
 
 class EqualWithNan:
@@ -200,8 +234,10 @@ def measurement_from_json(content: dict[str, Any]) -> Measurement:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} must be a number or null, got {value!r}")
-    step, seconds = values.pop("step"), values.pop("seconds")
-    return Measurement(step, seconds, values)
+    step, seconds = values.pop("step"), float(values.pop("seconds"))
+    if not isinstance(step, int):
+        raise TypeError(f"step must be an integer, got {step!r}")
+    return Measurement(step, seconds, {name: float(values[name]) for name in values})
 
 
 def config_to_json(config: RunConfig) -> dict[str, Any]:
@@ -260,10 +296,15 @@ def read_checked(path: Path) -> Any:
     """
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError("it is too large")
-    content = json.loads(path.read_text())
-    expected = content.pop("digest", None)
-    if digest(content) != expected:
-        raise ValueError("its content does not match its digest")
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a JSON object")
+        expected = content.pop("digest", None)
+        if digest(content) != expected:
+            raise ValueError("its content does not match its digest")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     return content
 
 

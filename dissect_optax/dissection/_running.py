@@ -21,7 +21,13 @@ from dissect_optax.dissection._evaluation import evaluate
 from dissect_optax.dissection._methods import Method
 from dissect_optax.dissection._problem import Problem, Settings
 from dissect_optax.dissection._progress import GroupReport, Monitor
-from dissect_optax.dissection._records import Measurement, Record, RunConfig, Store
+from dissect_optax.dissection._records import (
+    Measurement,
+    Record,
+    RunConfig,
+    Store,
+    json_object,
+)
 from dissect_optax.dissection._replicas import replicas_per_program
 from dissect_optax.dissection._training import Replica, advance, initialise
 
@@ -230,8 +236,8 @@ def _add_diagnosis(job: Job, group: Group, progress: GroupProgress) -> None:
     for index in _alive(progress):
         if group.configs[index].seed == job.diagnosis.seed:
             params = jax.tree.map(lambda leaf, i=index: leaf[i], progress.state.params)
-            found = dict(job.diagnosis.measure(params))
-            progress.diagnostics[index][progress.step] = found
+            found = job.diagnosis.measure(params)
+            progress.diagnostics[index][progress.step] = json_object("diagnosis", found)
 
 
 def _begin(job: Job, method: Method, group: Group, replicas: Replica) -> GroupProgress:
@@ -375,9 +381,16 @@ def complete(
 
     Returns:
       Their records, in the order of `configs`.
+
+    Raises:
+      KeyboardInterrupt: There was a signal; the same call goes on from checkpoints.
+      UserError: A record or a checkpoint is damaged, or is one of other data.
     """
     store = job.store
-    with store.lock(job.problem.name, method.name, job.monitor.say):
+    with (
+        interrupts.recorded(),
+        store.lock(job.problem.name, method.name, job.monitor.say),
+    ):
         job.check_data()
         missing = [config for config in configs if store.find(config) is None]
         for group in _groups(job, method, missing):

@@ -82,8 +82,18 @@ def best_accuracy(record: Record) -> tuple[float, ...]:
 
     Among equals the lowest loss decides. Where a part of the training set is held out,
     its accuracy and loss count instead.
+
+    Raises:
+      UserError: Accuracies were not measured.
     """
     split = "validation" if record.config.settings.validation_fraction else "test"
+    measured = record.evaluations[0].values
+    if f"{split}_accuracy" not in measured:
+        raise UserError(
+            f"Step sizes are compared by {split}_accuracy, and runs on"
+            f" {record.config.problem} measure {', '.join(measured)} only. Choose a"
+            " merit that is among them, such as a loss."
+        )
     return max(record.curve(f"{split}_accuracy")), -min(record.curve(f"{split}_loss"))
 
 

@@ -15,18 +15,23 @@ from benchmarks.training_loops import (
     shuffled_batches,
     without_augmentation,
 )
-from experiments.data import sample_batch
-from experiments.methods import get_method
-from experiments.problems import Settings, get_problem
-from experiments.training import Member, advance, initialise
+from dissect_optax.dissection import (
+    Replica,
+    Settings,
+    advance,
+    get_method,
+    initialise,
+    sample_batch,
+)
+from experiments.problems import get_problem
 
-SETTINGS = Settings(steps=4, batch_size=8, l2=0.02, evaluation_interval=2)
+SETTINGS = Settings(steps=4, batch_size=8, evaluation_interval=2)
 
 
 def test_the_plain_loop_takes_our_step():
     problem, method = get_problem("digits"), get_method("adam")
     dataset = problem.load_data(None)
-    group = Member(jnp.full(1, LEARNING_RATE), jnp.zeros(1, jnp.uint32))
+    group = Replica(jnp.full(1, LEARNING_RATE), jnp.zeros(1, jnp.uint32))
     ours = initialise(problem, method, group)
 
     plain = PlainLoop(problem, method, SETTINGS, dataset)
@@ -58,10 +63,12 @@ def test_an_epoch_of_the_plain_loop_holds_every_image_with_its_label():
 def test_without_augmentation_training_sees_what_a_test_sees():
     problem = get_problem("cifar10")
     bare = without_augmentation(problem)
-    image = training.random_dataset(training.CASES["cifar10"]).test.image[0]
-    seen = bare.training_input(image, jax.random.key(0))
-    np.testing.assert_array_equal(seen, problem.test_input(image))
-    assert not np.array_equal(seen, problem.training_input(image, jax.random.key(0)))
+    test = training.random_dataset(training.CASES["cifar10"]).test
+    example, key = jax.tree.map(lambda array: array[0], test), jax.random.key(0)
+    seen = bare.augment(example, key)
+    assert seen.label == example.label
+    np.testing.assert_array_equal(seen.image, problem.test_input(example.image))
+    assert not np.array_equal(seen.image, problem.augment(example, key).image)
 
 
 # Multiply-adds of every layer in one forward pass of one image.

@@ -340,8 +340,9 @@ def test_other_step_sizes_are_constant(name):
 
 
 def test_published_settings():
-    settings = [get_problem(name).settings for name in ("mnist", *CIFARS)]
-    assert [(s.steps, s.batch_size, s.l2) for s in settings] == [
+    problems = [get_problem(name) for name in ("mnist", *CIFARS)]
+    published = [(p.settings.steps, p.settings.batch_size, p.l2) for p in problems]
+    assert published == [
         (4_000, 128, 0.02),
         (25_000, 256, 0.002),
         (60_000, 256, 0.0005),

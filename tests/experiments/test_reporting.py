@@ -7,29 +7,43 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from dissect_optax.dissection import (
+    Measurement,
+    MethodResult,
+    Record,
+    RunConfig,
+    Settings,
+    Tuned,
+    get_method,
+)
 from experiments.figures import training_curves
 from experiments.figures.style import color, colors, save
-from experiments.methods import get_method
-from experiments.problems import Settings, get_problem
-from experiments.records import Measurement, Record, RunConfig
+from experiments.problems import get_problem
 from experiments.reporting import (
     accuracy_table,
     effect_table,
     mean_and_std,
     paired_effect,
 )
-from experiments.tuning import Outcome, Tuned
 
-SETTINGS = Settings(steps=20, batch_size=8, l2=0.1, evaluation_interval=10)
+SETTINGS = Settings(steps=20, batch_size=8, evaluation_interval=10)
 
 
 def made_up_record(losses, seed=1, learning_rate=0.1, accuracy=0.5, method="m_sgd"):
     """A run whose test loss is half a unit above its training loss."""
     lines = [
-        Measurement(10 * i, loss, 0, loss + 0.5, 0, accuracy, learning_rate, 0.0)
+        Measurement(
+            10 * i,
+            0.0,
+            {
+                "training_loss": loss,
+                "test_loss": loss + 0.5,
+                "test_accuracy": accuracy,
+            },
+        )
         for i, loss in enumerate(losses)
     ]
-    config = RunConfig("mnist", "none", method, learning_rate, seed, SETTINGS)
+    config = RunConfig("mnist", method, learning_rate, seed, SETTINGS)
     return Record(config, tuple(lines), {})
 
 
@@ -65,8 +79,8 @@ def legend_of(figure):
 def row_of(replications):
     """The cells of the accuracy table's only row."""
     tuned = Tuned(0.1, 1.0, ())
-    outcome = Outcome(get_method("m_sgd"), tuned, tuple(replications))
-    table = accuracy_table(get_problem("mnist"), {"m_sgd": outcome})
+    result = MethodResult(get_method("m_sgd"), tuned, tuple(replications))
+    table = accuracy_table(get_problem("mnist"), {"m_sgd": result})
     return [next(iter(column.cells)) for column in table.columns]
 
 

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from dissect_optax import theory
+from dissect_optax.dissection import UserError
 from experiments.command_line import main
-from experiments.records import StudyRecord
 from experiments.studies import (
     catalogue,
     convergence,
@@ -21,11 +21,11 @@ from experiments.studies import (
     readings,
     sign_map,
 )
-from experiments.studies.study import complete
+from experiments.studies.study import StudyRecord, complete
 
 
 def record_of(results, config=None):
-    return StudyRecord(directory=None, config=config, environment={}, results=results)
+    return StudyRecord(path=None, config=config, environment={}, results=results)
 
 
 # ---- Commands ---------------------------------------------------------------------
@@ -50,9 +50,12 @@ def test_a_study_leaves_record_summary_and_figure_and_runs_once(
     assert summary["environment"]["jax"] == jax.__version__
     study = catalogue.STUDIES[command].smoke
     assert summary["settings"] == json.loads(json.dumps(dataclasses.asdict(study)))
-    (directory,) = (tmp_path / "studies").glob(f"{command}_*/")
-    lines = (directory / "evaluations.jsonl").read_text().splitlines()
-    assert len(lines) == study.count
+    (path,) = set((tmp_path / "studies").glob(f"{command}_*.json")) - {
+        tmp_path / "studies" / f"{command}_smoke_summary.json"
+    }
+    record = json.loads(path.read_text())
+    assert record["config"] == summary["settings"]
+    assert len(record["results"]) == study.count
     assert imread(tmp_path / "figures" / f"{figure}_smoke.png").std() > 0.05
 
     printed = capsys.readouterr().out
@@ -98,11 +101,33 @@ class CountingStudy:
 
 def test_another_setting_is_another_record(tmp_path):
     first, second = (complete(CountingStudy(last), tmp_path) for last in (2, 3))
-    assert first.directory != second.directory
+    assert first.path != second.path
     assert first.config["last"] == 2
     assert first.results == [{"number": 0}, {"number": 1}]
     assert second.select(number=2) == [{"number": 2}]
     assert complete(CountingStudy(2), tmp_path) == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"number": 1', '"number": 2'), ('"last": 2', '"last": 3')]
+)
+def test_an_edited_record_of_a_study_is_named(old, new, tmp_path):
+    path = complete(CountingStudy(2), tmp_path).path
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"{path} cannot be read.*digest.*Remove it"):
+        complete(CountingStudy(2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", "{" * 2000, "[" * 100_000, '{"digest": 1e999}']
+)
+def test_anything_else_in_place_of_a_study_is_named(text, tmp_path):
+    path = complete(CountingStudy(2), tmp_path).path
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{path} cannot be read"):
+        complete(CountingStudy(2), tmp_path)
 
 
 # ---- Figure 2 ---------------------------------------------------------------------

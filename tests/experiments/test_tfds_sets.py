@@ -16,8 +16,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from dissect_optax.dissection import UserError
 from experiments.command_line import main
-from experiments.errors import UserError
 from experiments.tfds_sets import load_tfds
 from tests.experiments import small_tfds
 from tests.experiments.small_tfds import digest
@@ -294,7 +294,7 @@ def test_first_use_downloads_and_prepares(
 
 
 def load_and_stop(job, *_):
-    raise UserError(f"{len(job.dataset.test.label)} test images are there")
+    raise UserError(f"{len(job.data.test.label)} test images are there")
 
 
 def test_without_network_it_says_which_command_prepares_the_data(

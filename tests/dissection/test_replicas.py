@@ -1,23 +1,57 @@
 """How many runs are trained at a time, on this CPU and on devices that are made up."""
 
+import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
-from experiments import group_size as module
-from experiments.data import Dataset, Examples
-from experiments.group_size import group_size
-from experiments.methods import get_method
-from experiments.problems import get_problem
+from dissect_optax.dissection import Data, Problem, Settings, get_method
+from dissect_optax.dissection import _replicas as module
+from dissect_optax.dissection._replicas import replicas_per_program
 
-IMAGES = Examples(jnp.zeros((16, 28, 28, 1), jnp.uint8), jnp.zeros(16, jnp.int32))
-DATASET = Dataset(training=IMAGES, test=IMAGES)
+# Of MNIST's size: 1.3 million weights.
+WIDTHS = (784, 1000, 500, 100, 10)
+DATA = Data({"input": jnp.zeros((16, 784)), "label": jnp.zeros(16, jnp.int32)})
+SETTINGS = Settings(steps=4, batch_size=8, evaluation_interval=2)
 
 
-def size_for(method="m_sgd", wanted=10):
-    problem = get_problem("mnist")
-    return group_size(problem, get_method(method), problem.smoke, DATASET, wanted)
+def init(key):
+    del key
+    return [jnp.zeros(shape) for shape in itertools.pairwise(WIDTHS)]
+
+
+def loss(params, example, key):
+    del key
+    activation = example["input"]
+    for kernel in params:
+        activation = jnp.tanh(activation @ kernel)
+    return jnp.square(activation[example["label"]])
+
+
+def batch_loss(params, batch, key):
+    del key
+    activation = batch["input"]
+    for kernel in params:
+        activation = jnp.tanh(activation @ kernel)
+    return jnp.mean(jnp.square(activation))
+
+
+PROBLEM = Problem(
+    name="wide",
+    title="Wide",
+    settings=SETTINGS,
+    init=init,
+    loss=loss,
+    batch_loss=batch_loss,
+    evaluate=lambda params, example: (loss(params, example, None), {}),
+    load_data=lambda _: DATA,
+)
+
+
+def size_for(method="m_sgd", wanted=10, settings=SETTINGS):
+    return replicas_per_program(PROBLEM, get_method(method), settings, DATA, wanted)
 
 
 @pytest.fixture
@@ -34,7 +68,6 @@ def accelerator(monkeypatch):
 
 
 def test_cpu_is_filled_by_its_cores(monkeypatch):
-    problem = get_problem("mnist")
     # 1.3 million weights, 8 examples: 64 megaflops, more than two cores need.
     monkeypatch.setattr(module, "_cores", lambda: 2)
     assert size_for() == 1
@@ -43,10 +76,9 @@ def test_cpu_is_filled_by_its_cores(monkeypatch):
     assert size_for(wanted=1) == 1
     monkeypatch.setattr(module, "_cores", lambda: 1000)
     assert size_for() == 10
-    # A mini-batch of the real size is 16 times as much.
-    dataset, method = DATASET, get_method("m_sgd")
+    # A mini-batch of MNIST's size is 16 times as much.
     monkeypatch.setattr(module, "_cores", lambda: 32)
-    assert group_size(problem, method, problem.settings, dataset, 10) == 1
+    assert size_for(settings=dataclasses.replace(SETTINGS, batch_size=128)) == 1
 
 
 def test_accelerator_is_filled_by_its_memory(accelerator):
