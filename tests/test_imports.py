@@ -24,6 +24,7 @@ ALLOWED_IMPORTS = {
         "_optimizers",
         "_sign",
         "_sources",
+        "diagnostics",
         "gradient_variance",
         "theory",
     },
@@ -40,6 +41,15 @@ ALLOWED_IMPORTS = {
     "_formulas": set(),
     # A package by itself, which shares the formulas.
     "theory": {"theory", "_formulas"},
+    # Measures with what the others define.
+    "diagnostics": {
+        "diagnostics",
+        "gradient_variance",
+        "theory",
+        "_estimate",
+        "_formulas",
+        "_sources",
+    },
 }
 BROUGHT_BY_THE_LIBRARY = {"dissect_optax", "jax", "numpy", "optax"}
 
