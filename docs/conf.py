@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import dissect_optax
-from dissect_optax import theory
+from dissect_optax import diagnostics, theory
 
 project = "dissect_optax"
 author = "The dissect_optax developers"
@@ -74,6 +74,7 @@ napoleon_attr_annotations = False
 napoleon_custom_sections = ["Edge cases"]
 
 PUBLIC = {
+    **{name: f"dissect_optax.diagnostics.{name}" for name in diagnostics.__all__},
     **{name: f"dissect_optax.theory.{name}" for name in theory.__all__},
     **{name: f"dissect_optax.{name}" for name in dissect_optax.__all__},
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dissect_optax
-from dissect_optax import theory
+from dissect_optax import diagnostics, theory
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -115,6 +115,7 @@ def test_the_api_page_has_every_public_name_in_its_order() -> None:
     assert documented == [
         *(f"dissect_optax.{name}" for name in dissect_optax.__all__),
         *(f"dissect_optax.theory.{name}" for name in theory.__all__),
+        *(f"dissect_optax.diagnostics.{name}" for name in diagnostics.__all__),
     ]
 
 

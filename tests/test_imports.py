@@ -25,6 +25,7 @@ ALLOWED_IMPORTS = {
         "_optimizers",
         "_sign",
         "_sources",
+        "diagnostics",
         "gradient_variance",
         "theory",
     },
@@ -43,6 +44,15 @@ ALLOWED_IMPORTS = {
     "theory": {"theory", "_formulas"},
     # It uses the library as its users do.
     "dissection": {"__init__", "dissection", "diagnostics", "family"},
+    # Measures with what the others define.
+    "diagnostics": {
+        "diagnostics",
+        "gradient_variance",
+        "theory",
+        "_estimate",
+        "_formulas",
+        "_sources",
+    },
 }
 BROUGHT_BY_THE_LIBRARY = {"dissect_optax", "jax", "numpy", "optax"}
 # Of the extra `dissect`.

@@ -176,11 +176,12 @@ def square_interval(root: float, replicates: np.ndarray) -> Interval:
 def bounded_interval(
     lower: float, upper: float, lower_error: float, upper_error: float, degrees: int
 ) -> Interval:
-    """Interval for a quantity between two expectations of which both are estimated.
+    """Interval for a probability between two others of which both are estimated.
 
     The critical value is that of Imbens & Manski (2004): the interval covers the
     quantity with 95 % where the two agree, and with at least 95 % wherever it lies
-    between them.
+    between them. Its ends are taken on the scale log(p/(1-p)), on which the error of a
+    probability near one is nearly symmetric.
     """
     gap = max(upper - lower, 0.0)
     error = max(lower_error, upper_error)
@@ -193,7 +194,19 @@ def bounded_interval(
             normal_upper_tail(two_sided) or 1.0
         )
         critical = one_sided + (two_sided - one_sided) * min(excess, 1.0)
-    half_low, half_high = (
-        critical * e if e > 0 else 0.0 for e in (lower_error, upper_error)
+    return Interval(
+        (lower + upper) / 2,
+        _moved_on_logit_scale(lower, -critical * lower_error if lower_error else 0.0),
+        _moved_on_logit_scale(upper, critical * upper_error if upper_error else 0.0),
     )
-    return Interval((lower + upper) / 2, lower - half_low, upper + half_high)
+
+
+def _moved_on_logit_scale(probability: float, change: float) -> float:
+    """The probability after a change that is given to first order."""
+    if not 0 < probability < 1 or change == 0:
+        return probability
+    if math.isinf(change):
+        return float(change > 0)
+    odds = math.log(probability / (1 - probability))
+    odds += change / (probability * (1 - probability))
+    return 1 / (1 + math.exp(-min(max(odds, -700.0), 700.0)))

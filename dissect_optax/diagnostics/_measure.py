@@ -762,10 +762,9 @@ def _improvement(
         unbounded = [Interval(float(p), -math.inf, math.inf) for p in parts]
         return Interval(value, 0.0, math.inf), unbounded
     slopes_without = np.stack([r for _, r in pairs if r is not None], axis=1)
-    # A mini-batch bends one direction and lends its curvature to the one before.
-    dens_without = (count * dens - curvature - np.roll(curvature, 1, axis=0)) / (
-        count - 2
-    )
+    # What the curvature has in common with the gradient of the mini-batch that lends
+    # it is neglected.
+    dens_without = (count * dens - curvature) / (count - 1)
     total = dens_without.sum(axis=1)
     if not (total > 0).all():
         unbounded = [Interval(float(p), -math.inf, math.inf) for p in parts]

@@ -21,13 +21,16 @@ from dissect_optax._sources import MovingAverageEstimateState, moving_average_es
 
 # A small parameter is watched by so many elements, whatever its share in the sample.
 _LEAST_PER_LEAF = 16
+# Not NaN, which `jax_debug_nans` would take for an error.
+_UNKNOWN = -1.0
 _QUANTITIES = ("relative_variance", "factor", "sign_success")
 
 
 class WatchState(NamedTuple):
     """State of `watch`.
 
-    The arrays over leaves have the shape [leaves], in the order of the parameters.
+    The arrays over leaves have the shape [leaves], in the order of the parameters, and
+    hold -1 where nothing has been seen yet.
 
     Attributes:
       count: int32, the number of updates seen. Hides tuple.count, as Optax's states do.
@@ -86,8 +89,8 @@ def watch(
       TypeError: From `update`, if the state is that of another transformation.
 
     Edge cases:
-      * Before the first update, and on plain gradients before the second, the numbers
-        are NaN: no variance has been seen.
+      * Before the first update, and on plain gradients before the second, `scalars`
+        returns NaN: no variance has been seen.
       * Elements without a direction (zero, or below 1.1e-19 in float32) count as
         η² = 0 with ρ = 1/2 and γ = 0: nothing is certain about them, and they move
         nothing.
@@ -137,13 +140,17 @@ def watch(
         dtype = _common_dtype(leaves)
         real = real_dtype(dtype)
         watched = sum(map(len, _sampled_elements(_shapes(leaves), sample)))
-        unknown = jnp.full(len(leaves), jnp.nan, real)
+
+        def unknown() -> jax.Array:
+            """An array of its own each time, since states are donated."""
+            return jnp.full(len(leaves), _UNKNOWN, real)
+
         text = "".join(name.replace("\n", " ") + "\n" for name in names)
         return WatchState(
             jnp.zeros([], jnp.int32),
-            unknown,
-            unknown,
-            unknown,
+            unknown(),
+            unknown(),
+            unknown(),
             jnp.asarray([math.prod(shape) for shape in _shapes(leaves)], real),
             own.init(jnp.zeros(watched, dtype)),
             jnp.asarray(np.frombuffer(text.encode(), np.uint8)),
@@ -158,10 +165,7 @@ def watch(
         del extra_args
         check_state("watch", state, WatchState)
         tree = updates.mean if isinstance(updates, Estimate) else updates
-        leaves = jax.tree.leaves(tree, is_leaf=is_none)
-        if len(leaves) != len(state.factor):
-            # Nothing stands in the places of some parameters, or not even None.
-            leaves = _aligned(tree, params, len(state.factor))
+        leaves = _leaves_like(params, tree, len(state.factor))
         present = [leaf is not None for leaf in leaves]
         shapes = _shapes(leaves)
         if None in shapes:
@@ -173,9 +177,7 @@ def watch(
         count = optax.safe_increment(state.count)
         averages = state.averages
         if isinstance(updates, Estimate):
-            variances = jax.tree.leaves(updates.variance, is_leaf=is_none)
-            if len(variances) != len(leaves):
-                variances = _aligned(updates.variance, params, len(leaves))
+            variances = _leaves_like(params, updates.variance, len(leaves))
             variance = _gathered(variances, elements, real_dtype(dtype))
             known = jnp.asarray(True)
         else:
@@ -187,7 +189,7 @@ def watch(
             )
             mean, variance = estimate.mean, estimate.variance
             known = count > 1
-        summaries = _summaries(mean, variance, [len(e) for e in elements])
+        summaries = _summaries(mean, variance, tuple(len(e) for e in elements))
         changes = jnp.asarray(present) & known
         before = (state.relative_variance, state.factor, state.sign_success)
         relative_variance, factor, success = (
@@ -219,11 +221,15 @@ def _shapes(leaves: list[Any]) -> Any:
     return tuple(None if leaf is None else jnp.shape(leaf) for leaf in leaves)
 
 
-def _aligned(tree: Any, params: optax.Params | None, count: int) -> list[Any]:
-    """Leaves of a tree in the order of the parameters, None for those without one."""
+def _leaves_like(params: optax.Params | None, tree: Any, count: int) -> list[Any]:
+    """The `count` leaves of a tree, None for parameters that have none there."""
+    for leaves in (jax.tree.leaves(tree), jax.tree.leaves(tree, is_leaf=is_none)):
+        # None may stand for a parameter that has none, or for a missing gradient.
+        if len(leaves) == count:
+            return leaves
     if params is not None:
+        treedef: Any = jax.tree.structure(params)
         try:
-            treedef: Any = jax.tree.structure(params)
             leaves = treedef.flatten_up_to(tree)
         except ValueError:
             leaves = []
@@ -299,8 +305,10 @@ def _gathered(
     return jnp.concatenate(parts)
 
 
+# Compiled as one also where the optimizer is not.
+@functools.partial(jax.jit, static_argnums=2)
 def _summaries(
-    mean: jax.Array, variance: jax.Array, counts: list[int]
+    mean: jax.Array, variance: jax.Array, counts: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Median η², mean γ and mean ρ of consecutive parts of two vectors."""
     variance = jnp.maximum(variance, 0)
@@ -326,14 +334,14 @@ def _summaries(
         for back in (1, 0)
     )
     if not counts or not sum(counts):
-        nothing = jnp.full(len(counts), jnp.nan, eta2.dtype)
+        nothing = jnp.full(len(counts), _UNKNOWN, eta2.dtype)
         return nothing, nothing, nothing
     # Not the mean of an infinite and a finite one: the lower one then.
     lower, upper = ordered[low], ordered[high]
     median = jnp.where(jnp.isinf(upper), lower, 0.5 * (lower + upper))
     empty = jnp.asarray(np.asarray(counts) == 0)
     columns = (median, means(factor), means(success))
-    first, second, third = (jnp.where(empty, jnp.nan, column) for column in columns)
+    first, second, third = (jnp.where(empty, _UNKNOWN, column) for column in columns)
     return first, second, third
 
 
@@ -395,6 +403,7 @@ def _scalars_of(state: WatchState) -> dict[str, float]:
             "outside."
         )
     *columns, sizes, text = (np.asarray(x) for x in jax.device_get(arrays))
+    columns = [np.where(x == _UNKNOWN, np.nan, x.astype(float)) for x in columns]
     if sizes.ndim != 1:
         raise ValueError(
             "`scalars` needs the state of one optimizer, got one of a vmapped group of "
@@ -403,7 +412,7 @@ def _scalars_of(state: WatchState) -> dict[str, float]:
         )
     names = text.astype(np.uint8).tobytes().decode().split("\n")[:-1]
     result = {
-        name: _overall(name, column.astype(float), sizes.astype(float))
+        name: _overall(name, column, sizes.astype(float))
         for name, column in zip(_QUANTITIES, columns, strict=True)
     }
     for quantity, column in zip(_QUANTITIES, columns, strict=True):
