@@ -45,6 +45,7 @@ from dissect_optax._sources import (
 )
 
 if TYPE_CHECKING:
+    from dissect_optax import family
     from dissect_optax.gradient_variance import (
         VarianceMemory,
         VarianceReport,
@@ -110,7 +111,13 @@ _IMPORTED_WHEN_USED = (
 )
 
 
+# A package that most programs do not use.
+_SUBPACKAGES_IMPORTED_WHEN_USED = ("family",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES_IMPORTED_WHEN_USED:
+        return importlib.import_module(f"dissect_optax.{name}")
     if name not in _IMPORTED_WHEN_USED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module("dissect_optax.gradient_variance")
