@@ -23,7 +23,7 @@ from dissect_optax._precision import (
 )
 from dissect_optax.family import _equations
 from dissect_optax.family._checks import check_start
-from dissect_optax.family._trees import map_present, update_buffer
+from dissect_optax.family._trees import is_zero, map_present, update_buffer
 
 
 class MovingAverageState(NamedTuple):
@@ -61,7 +61,7 @@ def moving_average(
     decay: jax.typing.ArrayLike = 0.9,
     *,
     start: _equations.Start = "corrected",
-    initial_value: float = 0.0,
+    initial_value: jax.typing.ArrayLike = 0.0,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The exponential moving average m of the updates, Eq. (3).
@@ -116,7 +116,7 @@ def moving_average(
 
         def read(g: jax.Array, m: jax.Array) -> jax.Array:
             del g
-            if not _is_zero(initial_value) and start == "corrected":
+            if not is_zero(initial_value) and start == "corrected":
                 real = real_dtype(m.dtype)
                 share = _equations.share_of_initial_value(decay, count, real)
                 m = m + (jnp.asarray(initial_value, real) * share).astype(m.dtype)
@@ -389,14 +389,14 @@ def _direction(
     state_type: Any,
     step: Any,
     accumulator_dtype: jax.typing.DTypeLike | None,
-    initial_value: float = 0.0,
+    initial_value: jax.typing.ArrayLike = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of plain updates from a step in at least float32."""
 
     def init_fn(params: optax.Params) -> Any:
         def buffer() -> optax.Updates:
             zeros = zeros_for_accumulation(params, accumulator_dtype)
-            if _is_zero(initial_value):
+            if is_zero(initial_value):
                 return zeros
             return jax.tree.map(
                 lambda z: z + cast(jnp.asarray(initial_value), z.dtype), zeros
@@ -445,8 +445,3 @@ def _averaged(
 def _stored(tree: optax.Updates, like: optax.Updates) -> optax.Updates:
     """The buffers in the dtypes in which the state keeps them."""
     return jax.tree.map(lambda leaf, other: cast(leaf, other.dtype), tree, like)
-
-
-def _is_zero(value: Any) -> bool:
-    """Whether a number, and not a traced value, is zero."""
-    return isinstance(value, int | float) and value == 0

@@ -132,6 +132,15 @@ def rank_one(row: jax.Array, column: jax.Array, axis: int) -> jax.Array:
     return jnp.where(empty, 0.0, row / jnp.where(empty, 1.0, mean)) * column
 
 
+def squared_norm(x: jax.Array) -> jax.Array:
+    """‖x‖², as a product of x with itself, for which XLA stores no squares."""
+    if jnp.iscomplexobj(x):
+        return squared_norm(x.real) + squared_norm(x.imag)
+    axes = tuple(range(x.ndim))
+    highest = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), precision=highest)
+
+
 def agreement(update: jax.Array, gradient: jax.Array, least_share: float) -> jax.Array:
     """1[u·g>0] / max(share of them, least share), the cautious mask."""
     same = jnp.real(jnp.conj(update) * gradient) > 0

@@ -16,7 +16,7 @@ from dissect_optax._estimate import (
 from dissect_optax._precision import real_dtype, upcast
 from dissect_optax.family import _equations
 from dissect_optax.family._sources import Observation, Source
-from dissect_optax.family._trees import map_present
+from dissect_optax.family._trees import is_zero, map_present
 
 
 class EstimateState(NamedTuple):
@@ -125,9 +125,12 @@ def estimate(
 
         def variance(d: jax.Array, v: jax.Array) -> jax.Array:
             real = real_dtype(d.dtype)
-            v = v.astype(real) + jnp.asarray(eps_root, real)
-            least = jnp.asarray(floor, real)
-            v = jnp.where(v < least * least, least * least, v)
+            v = v.astype(real)
+            if not is_zero(eps_root):
+                v = v + jnp.asarray(eps_root, real)
+            if not is_zero(floor):
+                least = jnp.square(jnp.asarray(floor, real))
+                v = jnp.where(v < least, least, v)
             if minus_square:
                 return _formulas.variance_with_noise_floor(d, v, jnp.asarray(eps, real))
             spread = _equations.square_of_root_plus(v, jnp.asarray(eps, real))

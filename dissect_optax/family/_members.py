@@ -394,8 +394,8 @@ MEMBERS: dict[str, Member] = {member.name: member for member in _ROWS}
 
 NEIGHBOURS: dict[str, str] = {
     "sophia": (
-        "sign m by min(1, |m|/(γh)) with a curvature h: a factor, but not of a relative "
-        "variance. optax.contrib.sophia"
+        "sign m by min(1, |m|/(γh)) with a curvature h: a factor, but not of a "
+        "relative variance. optax.contrib.sophia"
     ),
     "muon": (
         "the nearest orthogonal matrix to m: another map in the place of the sign, "

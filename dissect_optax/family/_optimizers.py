@@ -32,6 +32,7 @@ from dissect_optax.family._directions import (
 from dissect_optax.family._directions import (
     nesterov as nesterov_direction,
 )
+from dissect_optax.family._equations import Start
 from dissect_optax.family._estimates import estimate
 from dissect_optax.family._factors import bounded, reciprocal, signal_to_noise
 from dissect_optax.family._sources import (
@@ -212,8 +213,8 @@ def amsgrad(
     References:
       Reddi, Kale & Kumar, "On the convergence of Adam and beyond", ICLR 2018.
     """
-    mean_start = "corrected" if bias_correction_mu else "zero"
-    moment_start = "corrected" if bias_correction_nu else "zero"
+    mean_start: Start = "corrected" if bias_correction_mu else "zero"
+    moment_start: Start = "corrected" if bias_correction_nu else "zero"
     return _chain(
         estimate(
             moving_average(b1, start=mean_start, accumulator_dtype=mu_dtype),
@@ -471,9 +472,9 @@ def adam_mini(
       b1: The decay β1 of the average, in [0, 1).
       b2: The decay β2 of the second moment, in [0, 1).
       eps: ε ≥ 0, outside the root, in the gradient's unit.
-      block: From the squares of one parameter to their means over blocks, which
-        broadcast against them: `layer_mean`, or for one block per row of a matrix
-        `lambda square: jnp.mean(square, axis=1, keepdims=True)`.
+      block: From the values of one parameter to the means of their squares over
+        blocks, which broadcast against them: `layer_mean`, or for one block per row of
+        a matrix `lambda g: jnp.mean(g * g, axis=1, keepdims=True)`.
 
     Returns:
       The optimizer. Its state holds one buffer of the size of the parameters, and one
@@ -560,7 +561,7 @@ def rmsprop(
       recurrent neural networks", 2013.
     """
     source = centred_second_moment if centered else second_moment
-    start = "corrected" if bias_correction else "zero"
+    start: Start = "corrected" if bias_correction else "zero"
     return _chain(
         estimate(
             optax.identity(),

@@ -31,7 +31,7 @@ from dissect_optax._precision import (
 )
 from dissect_optax.family import _equations
 from dissect_optax.family._checks import check_start, require_kept
-from dissect_optax.family._trees import update_buffer
+from dissect_optax.family._trees import is_zero, update_buffer
 
 
 class Observation(NamedTuple):
@@ -204,14 +204,14 @@ def extrapolated_gradient(b2: jax.typing.ArrayLike = 0.92) -> Observed:
 # ---- Blocks -----------------------------------------------------------------------
 
 
-def layer_sum(square: jax.Array) -> jax.Array:
-    """The sum over all elements of a parameter, a scalar: NovoGrad's ‖g‖²."""
-    return jnp.sum(square)
+def layer_sum(observed: jax.Array) -> jax.Array:
+    """The sum of |x|² over all elements of a parameter, a scalar: NovoGrad's ‖g‖²."""
+    return _equations.squared_norm(observed)
 
 
-def layer_mean(square: jax.Array) -> jax.Array:
-    """The mean over all elements of a parameter, a scalar: Adam-mini's default."""
-    return jnp.mean(square)
+def layer_mean(observed: jax.Array) -> jax.Array:
+    """The mean of |x|² over a parameter, a scalar: Adam-mini's for most layers."""
+    return _equations.squared_norm(observed) / max(observed.size, 1)
 
 
 # ---- Second moments ---------------------------------------------------------------
@@ -222,7 +222,7 @@ def second_moment(
     of: Observed | None = None,
     *,
     start: _equations.Start = "corrected",
-    initial_value: float = 0.0,
+    initial_value: jax.typing.ArrayLike = 0.0,
     increment: jax.typing.ArrayLike = 0.0,
     block: Callable[[jax.Array], jax.Array] | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -247,9 +247,9 @@ def second_moment(
         1-β^t as well.
       increment: Added to v in every step, before bias correction, as AdaBelief's
         published code does with `eps_root`: 1/(1-β) times as much in the long run.
-      block: What is averaged in place of every square by itself: a function from the
-        squares of one parameter to a statistic that broadcasts against them, for
-        instance `layer_mean`.
+      block: What is averaged in place of |x|² of every element: a function from the x
+        of one parameter to a statistic that broadcasts against it, for instance
+        `layer_mean`.
       accumulator_dtype: Dtype of the average. None means each leaf's own, but at least
         float32.
 
@@ -306,9 +306,7 @@ def second_moment(
         def accumulate(g: Any, m: Any, m_before: Any, g_before: Any, v: Any) -> Any:
             v = upcast(v)
             x = g if of is None else of(Observation(count, g, m, m_before, g_before))
-            square = _formulas.squared_magnitude(x).astype(v.dtype)
-            if block is not None:
-                square = block(square)
+            square = (block or _formulas.squared_magnitude)(x).astype(v.dtype)
             weight = _equations.weight_of_newest(decay, count, start, v.dtype)
             v = _formulas.average_of_squares(v, square, weight)
             return v if start == "corrected" else _plus(v, increment)
@@ -339,7 +337,7 @@ def centred_second_moment(
     decay: jax.typing.ArrayLike = 0.9,
     *,
     start: _equations.Start = "corrected",
-    initial_value: float = 0.0,
+    initial_value: jax.typing.ArrayLike = 0.0,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> Source:
     """The variance v - m² between two averages with one decay, of a mean of its own.
@@ -430,7 +428,7 @@ def centred_second_moment(
 def sign_controlled_second_moment(
     decay: jax.typing.ArrayLike = 0.999,
     *,
-    initial_value: float = 1e-6,
+    initial_value: jax.typing.ArrayLike = 1e-6,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> Source:
     """A second moment that moves by (1-β) g² towards g², Yogi's.
@@ -680,7 +678,7 @@ def decorrelated(source: Source, *, first: float | None = None) -> Source:
     return Source(init, update, lambda state: source.read(state.source))
 
 
-def _filled(zeros: optax.Updates, value: float) -> optax.Updates:
+def _filled(zeros: optax.Updates, value: jax.typing.ArrayLike) -> optax.Updates:
     """Buffers with their initial value."""
     return jax.tree.map(lambda z: _plus(z, value), zeros)
 
@@ -691,7 +689,7 @@ def _plus(
     share: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """The moment and an amount that is nearly always zero, in the moment's dtype."""
-    if isinstance(amount, int | float) and amount == 0:
+    if is_zero(amount):
         return moment
     more = cast(jnp.asarray(amount), moment.dtype)
     return moment + (more if share is None else more * share)

@@ -32,6 +32,11 @@ def update_buffer(
     return treedef.unflatten([row[-1] if row[0] is None else fn(*row) for row in rows])
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a Python number, and not a traced value, is zero."""
+    return isinstance(value, int | float) and value == 0
+
+
 def _rows(gradients: optax.Updates, trees: tuple[Any, ...]) -> tuple[Any, Any]:
     """The structure of the gradients, and what belongs to each of its leaves."""
     treedef: Any = jax.tree.structure(gradients, is_leaf=is_none)

@@ -29,7 +29,7 @@ from dissect_optax._precision import (
     zeros_for_accumulation,
 )
 from dissect_optax.family import _equations
-from dissect_optax.family._trees import map_present, update_buffer
+from dissect_optax.family._trees import is_zero, map_present, update_buffer
 
 
 class HeavyBallState(NamedTuple):
@@ -216,7 +216,7 @@ def add_decayed_weights(
     scheduled = callable(weight_decay)
     if not scheduled:
         weight_decay = checked_not_negative("weight_decay", weight_decay)
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if is_zero(weight_decay):
         return optax.with_extra_args_support(optax.identity())
 
     def init_fn(params: optax.Params) -> AddDecayedWeightsState | optax.EmptyState:
