@@ -59,7 +59,7 @@ class Source(NamedTuple):
       init: From parameters to state.
       update: From trees in an `Observation` and a state to the moments, in at least
         float32, and the new state.
-      read: From a state to its moments.
+      read: From a state to the moments with all gradients so far in them.
     """
 
     init: Callable[[optax.Params], Any]
@@ -654,6 +654,10 @@ def decorrelated(source: Source, *, first: float | None = None) -> Source:
 
     Returns:
       A source with the buffers of the one inside.
+
+    Edge cases:
+      * Around another `decorrelated` it changes nothing but the first step: the moments
+        of two steps before are not kept.
 
     References:
       Zhuang et al., NeurIPS 2021. Taniguchi et al., "ADOPT: Modified Adam can converge

@@ -74,8 +74,8 @@ LEARNING_RATES = {
     "adam_star": 1e-2,
     "m_svag_mb": 1e-4,
     "adam_star_mb": 1e-2,
-    "adabelief": 1e-1,
-    "adopt": 1e-1,
+    "adabelief": 1e-2,
+    "adopt": 1e-2,
 }
 # A step of fixed length in every coordinate circles in Rosenbrock's valley; Optax's
 # own tests leave sign_sgd and signum out for the same reason.
