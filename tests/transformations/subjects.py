@@ -184,7 +184,10 @@ FAMILY = {
         family.acprop, {**_LEARNING, "b1": 0.75, "b2": 0.875, "eps_root": 1e-3}
     ),
     "family.adopt": Subject(
-        family.adopt, {**_LEARNING, "b1": 0.75, "b2": 0.875, "eps": 1e-3}
+        family.adopt,
+        {**_LEARNING, "b1": 0.75, "b2": 0.875, "eps": 1e-3},
+        # `inject_hyperparams` takes a function for a schedule unless told otherwise.
+        {"clip_value_fn": jnp.sqrt},
     ),
 }
 
