@@ -47,6 +47,7 @@ from dissect_optax._sources import (
 if TYPE_CHECKING:
     from dissect_optax import diagnostics as diagnostics
     from dissect_optax import dissection as dissection
+    from dissect_optax import family as family
     from dissect_optax.dissection import dissect
     from dissect_optax.gradient_variance import (
         VarianceMemory,
@@ -116,7 +117,7 @@ _IMPORTED_WHEN_USED = {
     "value_grad_and_variance": "gradient_variance",
     "dissect": "dissection",
 }
-_MODULES_IMPORTED_WHEN_USED = ("diagnostics", "dissection")
+_MODULES_IMPORTED_WHEN_USED = ("diagnostics", "dissection", "family")
 
 
 def __getattr__(name: str) -> Any:

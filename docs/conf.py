@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import dissect_optax
-from dissect_optax import diagnostics, theory
+from dissect_optax import diagnostics, family, theory
 
 project = "dissect_optax"
 author = "The dissect_optax developers"
@@ -26,6 +26,7 @@ root_doc = "README"
 PAGES = {
     "Reference": ["docs/api", "docs/equations"],
     "Guides": [
+        "docs/family",
         "docs/gradient_variance",
         "docs/numerics",
         "docs/theory",
@@ -73,8 +74,10 @@ napoleon_use_rtype = False
 napoleon_attr_annotations = False
 napoleon_custom_sections = ["Edge cases"]
 
+# Of equal names the last counts: `adam` is the paper's.
 PUBLIC = {
     **{name: f"dissect_optax.diagnostics.{name}" for name in diagnostics.__all__},
+    **{name: f"dissect_optax.family.{name}" for name in family.__all__},
     **{name: f"dissect_optax.theory.{name}" for name in theory.__all__},
     **{name: f"dissect_optax.{name}" for name in dissect_optax.__all__},
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dissect_optax
-from dissect_optax import diagnostics, theory
+from dissect_optax import diagnostics, family, theory
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -110,12 +110,13 @@ def test_names_and_tests_of_an_equation_exist(row: str) -> None:
 def test_the_api_page_has_every_public_name_in_its_order() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     documented = re.findall(
-        r"^\.\. auto(?:function|class):: (\S+)$", page, re.MULTILINE
+        r"^\.\. auto(?:function|class|data):: (\S+)$", page, re.MULTILINE
     )
     assert documented == [
         *(f"dissect_optax.{name}" for name in dissect_optax.__all__),
         *(f"dissect_optax.theory.{name}" for name in theory.__all__),
         *(f"dissect_optax.diagnostics.{name}" for name in diagnostics.__all__),
+        *(f"dissect_optax.family.{name}" for name in family.__all__),
     ]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import dissect_optax as do
+from dissect_optax import family
 
 Transformation = optax.GradientTransformationExtraArgs
 LEARNING_RATE = 0.125
@@ -172,4 +173,22 @@ TRANSFORMATIONS = {
     },
 }
 
-SUBJECTS = {**TRANSFORMATIONS, **OPTIMIZERS}
+# Of the family the chains that have most parts between them: directions that keep a
+# gradient or nothing, a mean beside them, sources that are read a step late, a factor
+# before the momentum. tests/family compares all members.
+FAMILY = {
+    "family.adan": Subject(
+        family.adan, {**_LEARNING, "b1": 0.75, "b2": 0.5, "b3": 0.875, "eps": 1e-3}
+    ),
+    "family.acprop": Subject(
+        family.acprop, {**_LEARNING, "b1": 0.75, "b2": 0.875, "eps_root": 1e-3}
+    ),
+    "family.adopt": Subject(
+        family.adopt,
+        {**_LEARNING, "b1": 0.75, "b2": 0.875, "eps": 1e-3},
+        # `inject_hyperparams` takes a function for a schedule unless told otherwise.
+        {"clip_value_fn": jnp.sqrt},
+    ),
+}
+
+SUBJECTS = {**TRANSFORMATIONS, **OPTIMIZERS, **FAMILY}

@@ -17,6 +17,7 @@ import optax
 import pytest
 
 import dissect_optax as do
+from dissect_optax import family
 
 common_test = pytest.importorskip(
     "optax.contrib._common_test", reason="this Optax ships no tests"
@@ -57,6 +58,9 @@ FACTORIES = {
 } | {
     "m_svag_mb": with_exact_gradients(do.m_svag_mb),
     "adam_star_mb": with_exact_gradients(do.adam_star_mb),
+    # Of the family one with a factor by η⁻¹, and one with a factor before the momentum.
+    "adabelief": family.adabelief,
+    "adopt": family.adopt,
 }
 # What each needs to solve the test problems in the given number of steps.
 LEARNING_RATES = {
@@ -70,6 +74,8 @@ LEARNING_RATES = {
     "adam_star": 1e-2,
     "m_svag_mb": 1e-4,
     "adam_star_mb": 1e-2,
+    "adabelief": 1e-2,
+    "adopt": 1e-2,
 }
 # A step of fixed length in every coordinate circles in Rosenbrock's valley; Optax's
 # own tests leave sign_sgd and signum out for the same reason.
