@@ -87,8 +87,8 @@ def extra_memory(term: Sum, examples: int) -> int | None:
     parts = _parts(term)
     if parts is None:
         return None
-    # The squares of all parts and one cross product are as large as the result.
-    return 2 * term.size + sum(t.extra_memory(examples) for t in term.terms)
+    # One cross product is as large as the result, to which it is added.
+    return term.size + sum(t.extra_memory(examples) for t in term.terms)
 
 
 def _parts(term: Sum) -> list[_Part] | None:

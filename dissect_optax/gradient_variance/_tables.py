@@ -77,8 +77,9 @@ class TableRows(Term):
         return tuple(n for a, n in axes if a not in self.axes)
 
     def extra_memory(self, examples: int) -> int:
+        # The rows are the program's own; their squares are added to a second table.
         entries, width = shape_of(self.rows)
-        return examples * entries * (4 * width + 8)
+        return examples * entries * (width + 8)
 
     def extra_operations(self, examples: int) -> int:
         entries, width = shape_of(self.rows)
