@@ -169,7 +169,7 @@ class TableRows(Term):
         """The gradient of each row that an example reads, once per example and row."""
         indices = batch.for_every_example(self.indices)
         rows = widened(batch.for_every_example(self.rows))
-        examples, count = indices.shape
+        count = indices.shape[1]
         if 1 < count <= COMPARED_LOOK_UPS:
             indices, rows = jax.vmap(self._merged_by_comparison)(indices, rows)
         elif count > 1:
