@@ -4,7 +4,7 @@ import functools
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from tests.transformations.subjects import (
     Subject,
     Transformation,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 every_optimizer = pytest.mark.parametrize(
@@ -81,14 +83,6 @@ def test_every_public_factory_is_a_subject() -> None:
         and inspect.signature(getattr(do, name)).return_annotation is Transformation
     }
     assert {name.partition("(")[0].split(" ")[0] for name in SUBJECTS} == public
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """What a contract says does not depend on how hard the compiler works."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---- init and update --------------------------------------------------------------
