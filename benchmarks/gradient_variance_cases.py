@@ -111,7 +111,7 @@ def _error(tree: Any, each: Any, statistic: Callable[..., Any]) -> float:
 
 
 def explained(problem: Problem) -> dict[str, Any]:
-    """What `explain_variance` says, and how many megabytes it expects."""
+    """What `explain_variance` says, and the megabytes of its largest parameter."""
     report = dissect_optax.explain_variance(problem.loss)(*_arguments(problem))
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(problem.params)]
     expected = [
@@ -119,7 +119,7 @@ def explained(problem: Problem) -> dict[str, Any]:
     ]
     return {
         "routes": {row.parameter or "params": list(row.routes) for row in report},
-        "explained_megabytes": _megabytes(sum(expected)),
+        "explained_megabytes": _megabytes(max(expected)),
         "explained_operations": float(sum(row.operations for row in report)),
     }
 

@@ -278,9 +278,10 @@ def explain_variance(
         - ``sum of …``: what overlaps, by products of their factors where these are
           small, else for a few examples at a time.
 
-        In brackets stands the JAX primitive that it was found at. The list's `memory()`
-        compiles the whole program and the plain gradient, and returns the temporary
-        memory of both.
+        In brackets stands the JAX primitive that it was found at. `operations` and
+        `numbers` are estimates from the shapes of one parameter's terms. The list's
+        `memory()` is exact, for all parameters together: it compiles the program and
+        the plain gradient, and returns the temporary memory of both.
 
     Warns:
         UserWarning: If the gradients of a parameter of 65 536 elements or more are

@@ -87,8 +87,8 @@ def extra_memory(term: Sum, examples: int) -> int | None:
     parts = _parts(term)
     if parts is None:
         return None
-    # The squares of all parts and one cross product are as large as the result.
-    return 2 * term.size + sum(t.extra_memory(examples) for t in term.terms)
+    # One cross product is as large as the result, to which it is added.
+    return term.size + sum(t.extra_memory(examples) for t in term.terms)
 
 
 def _parts(term: Sum) -> list[_Part] | None:
@@ -236,8 +236,7 @@ def _cross_of_rows(rows: TableRows, product: Contraction, batch: Batch) -> jax.A
     met = jnp.einsum("nkt,nkr->ntr", picked, other, precision=precision)
     shares = batch.shares.astype(met.real.dtype)[:, None, None]
     crossed = shares * jnp.real(values * jnp.conj(met))
-    count = crossed.shape[0] * crossed.shape[1]
-    return rows.sum_of_rows(indices.reshape(count), crossed.reshape(count, -1))
+    return rows.sum_of_rows(indices.reshape(-1), rows.with_row_shape(crossed))
 
 
 # ---- A repeated value with a contraction ---------------------------------------------

@@ -19,7 +19,12 @@ class VarianceRoute(NamedTuple):
     operations: int
     """Floating-point operations beyond those of the plain gradient."""
     numbers: int
-    """Array elements that the moments of this parameter need at a time, at most."""
+    """Elements of the arrays that the moments of this parameter make on the way.
+
+    An estimate from shapes. Parameters take their turns, so that the largest of them
+    counts, and not their sum. The compiler may place these arrays where the program
+    needs none at that time, or copy some: `VarianceReport.memory` knows.
+    """
 
     def __str__(self) -> str:
         """One line of a report."""

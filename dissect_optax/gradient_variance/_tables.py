@@ -77,8 +77,9 @@ class TableRows(Term):
         return tuple(n for a, n in axes if a not in self.axes)
 
     def extra_memory(self, examples: int) -> int:
+        # The rows are the program's own; their squares are added to a second table.
         entries, width = shape_of(self.rows)
-        return examples * entries * (4 * width + 8)
+        return examples * entries * (width + 8)
 
     def extra_operations(self, examples: int) -> int:
         entries, width = shape_of(self.rows)
@@ -131,13 +132,13 @@ class TableRows(Term):
         # Deviations, and not squares and their mean: rows that many examples read may
         # have nearly the same gradient. Only rows that were read are looked at.
         at_rows = mean.at[indices].get(mode="fill", fill_value=0)
-        deviations = _formulas.squared_magnitude(rows - at_rows)
-        spread = self._scattered(indices, batch.scaled(entries.weighted(deviations)))
-        # Examples that do not read the row have gradient zero there.
-        absent = jnp.maximum(1 - self._readers(indices, entries.shares), 0)[:, None]
-        unread = absent * _formulas.squared_magnitude(at_rows)
-        within = spread.at[indices].get(mode="fill", fill_value=0)
-        spread = spread.at[indices].set(within + batch.scaled(unread), mode="drop")
+        squares = _formulas.squared_magnitude(rows - at_rows)
+        # Examples that do not read the row have gradient zero there. Its readers add
+        # that between them, which saves another pass over the rows.
+        read = self._readers(indices, entries.shares)
+        unread = jnp.maximum(1 - read, 0) / jnp.where(read > 0, read, 1)
+        squares += _for_rows(unread, rows) * _formulas.squared_magnitude(at_rows)
+        spread = self._scattered(indices, batch.scaled(entries.weighted(squares)))
         return self.unflattened(mean), self.unflattened(spread)
 
     def _readers(self, indices: jax.Array, shares: jax.Array) -> jax.Array:
@@ -168,7 +169,7 @@ class TableRows(Term):
         """The gradient of each row that an example reads, once per example and row."""
         indices = batch.for_every_example(self.indices)
         rows = widened(batch.for_every_example(self.rows))
-        examples, count = indices.shape
+        count = indices.shape[1]
         if 1 < count <= COMPARED_LOOK_UPS:
             indices, rows = jax.vmap(self._merged_by_comparison)(indices, rows)
         elif count > 1:
@@ -176,7 +177,7 @@ class TableRows(Term):
         shares = batch.shares.astype(rows.real.dtype)
         return _Entries(
             indices.reshape(-1),
-            rows.reshape(examples * count, -1),
+            self.with_row_shape(rows),
             jnp.repeat(shares, count),
         )
 
@@ -205,17 +206,26 @@ class TableRows(Term):
             ordered
         ), merged
 
+    def with_row_shape(self, rows: jax.Array) -> jax.Array:
+        """Flat rows in the shape that they have in the table.
+
+        XLA's CPU backend divides for the place of every element when it computes an
+        outer product flat. A row of one number keeps an axis: rows of none are added
+        ten times as slowly.
+        """
+        return rows.reshape(-1, *(self.row_shape or (1,)))
+
     def _scattered(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
-        """[height, row] with the rows added at their indices."""
-        table = jnp.zeros((self.height, rows.shape[-1]), rows.dtype)
+        """[height, *row] with the rows added at their indices."""
+        table = jnp.zeros((self.height, *rows.shape[1:]), rows.dtype)
         return table.at[indices].add(rows, mode="drop")
 
     def sum_of_rows(self, indices: jax.Array, rows: jax.Array) -> jax.Array:
-        """The table to which rows [T, row] are added at their indices."""
+        """The table to which rows [T, *row] are added at their indices."""
         return self.unflattened(self._scattered(indices, rows))
 
     def unflattened(self, table: jax.Array) -> jax.Array:
-        """From [row, element] to the table's shape."""
+        """From [height, *row] to the table's shape."""
         indexed = tuple(self.table_shape[a] for a in self.axes)
         table = table.reshape(*indexed, *self.row_shape)
         rest = [a for a in range(len(self.table_shape)) if a not in self.axes]
@@ -228,16 +238,21 @@ def _groups(ordered: jax.Array) -> jax.Array:
     return jnp.cumsum(starts)
 
 
+def _for_rows(numbers: jax.Array, rows: jax.Array) -> jax.Array:
+    """One number for each row, to be multiplied with the rows [N, *row]."""
+    return numbers.reshape(-1, *(1 for _ in rows.shape[1:]))
+
+
 class _Entries(NamedTuple):
     """Gradients of rows, each of one example; an index beyond the table is unused."""
 
     indices: jax.Array  # [N]
-    rows: jax.Array  # [N, row]
+    rows: jax.Array  # [N, *row]
     shares: jax.Array  # [N], of the example
 
     def weighted(self, rows: jax.Array) -> jax.Array:
         """Rows times the shares of their examples."""
-        return self.shares[:, None] * rows
+        return _for_rows(self.shares, rows) * rows
 
 
 def _concatenated(one: Source, other: Source) -> Derived:

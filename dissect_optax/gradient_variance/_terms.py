@@ -398,6 +398,10 @@ class Scaled(Elementwise):
         scale = functools.partial(self.scale, environment=batch.constants)
         return scale(mean), scale(spread, square=True)
 
+    def extra_memory(self, examples: int) -> int:
+        # The spread before it is scaled, as the plain gradient holds the mean.
+        return self.size + self.term.extra_memory(examples)
+
     def scale(
         self, elements: jax.Array, environment: Mapping[Any, Any], square: bool = False
     ) -> jax.Array:

@@ -337,6 +337,7 @@ def test_parameters_that_share_a_product_share_its_cost():
     assert products == [1, 1]
 
 
+@pytest.mark.usefixtures("full_optimization")
 def test_memory_of_a_large_table_does_not_grow_with_the_batch():
     def loss(table, tokens):
         return jnp.sin(table[tokens]).sum()
@@ -357,6 +358,7 @@ def deep_loss(params, x):
     return jnp.square(x).sum()
 
 
+@pytest.mark.usefixtures("full_optimization")
 def test_remat_keeps_its_barriers_and_its_memory():
     params = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 4
     x = jax.ShapeDtypeStruct((16, 32, 64), jnp.float32)

@@ -117,6 +117,7 @@ def test_frozen_leaves_cost_what_constants_cost(layer):
     assert frozen < equations(value_grad_and_variance(loss), params, x)
 
 
+@pytest.mark.usefixtures("full_optimization")
 def test_nothing_of_the_size_of_a_frozen_table_is_made():
     shapes = {"table": jax.ShapeDtypeStruct((5000, 64), jnp.float32)}
     shapes["w"] = jax.ShapeDtypeStruct((64, 3), jnp.float32)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from tests.transformations.subjects import (
     Subject,
     Transformation,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 every_optimizer = pytest.mark.parametrize(
@@ -83,14 +85,6 @@ def test_every_public_factory_is_a_subject() -> None:
     }
     named = {name.partition("(")[0].split(" ")[0] for name in SUBJECTS}
     assert named - set(FAMILY) == public
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """What a contract says does not depend on how hard the compiler works."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---- init and update --------------------------------------------------------------
