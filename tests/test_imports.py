@@ -52,6 +52,8 @@ ALLOWED_IMPORTS = {
         "theory",
         "_estimate",
         "_formulas",
+        "_sources",
+    },
     # Chains of the transformations, and parts like them.
     "family": {
         "family",
