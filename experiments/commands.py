@@ -36,6 +36,7 @@ from dissect_optax.dissection import (
     unknown_name,
     write_atomically,
 )
+from dissect_optax.family import MEMBERS
 from experiments import reporting
 from experiments.figures import (
     adaptation_factors,
@@ -44,13 +45,15 @@ from experiments.figures import (
     wrong_sign_mass,
 )
 from experiments.figures import calibration as calibration_figure
+from experiments.figures import family_map as family_figure
 from experiments.paths import expand_home
 from experiments.problems import PROBLEMS, ExperimentProblem, get_problem
-from experiments.studies import catalogue, illustrations
+from experiments.studies import catalogue, family_map, illustrations
 
 _SINGLE = np.finfo(np.float32)
 _LARGEST_SEED = 2**32 - 1
 _WIDTH = 120
+_WIDE = 200
 _LONGEST_NAME = 100
 # Share of the training set that `--select-on validation` holds out.
 _HELD_OUT = 0.1
@@ -573,6 +576,52 @@ def dissect(
     print(result)
     print(f"Summary: {html.with_suffix('.json')}")
     print(f"Report:  {html}")
+
+
+def family(
+    problem: _ProblemName,
+    *,
+    members: tuple[str, ...] = (),
+    batch_size: _Number = None,
+    seeds: int = 5,
+    options: _TrainingOptions = _TRAINING_DEFAULTS,
+) -> None:
+    """Train members and empty cells of the family with equal budgets, beside ADAM.
+
+    Args:
+      problem: The test problem.
+      members: Members of `dissect_optax.family`; all of them if not given.
+      batch_size: Batch size; that of the problem if not given.
+      seeds: Replications of each member.
+      options: What every command understands.
+    """
+    task = _task(problem, options)
+    chosen = family_map.methods_of(
+        _distinct("--members", members) if members else tuple(MEMBERS)
+    )
+    result = dissect_problem(
+        dataclasses.replace(task.problem, settings=task.job.settings),
+        chosen,
+        [batch_size or task.job.settings.batch_size],
+        seeds=seeds,
+        level=None,
+        directory=options.runs_dir / "dissections",
+        data_dir=options.data_dir,
+        monitor=task.job.monitor,
+    )
+    rows = family_map.rows_of(result)
+    reading = family_map.reading_of(rows)
+    setup = dataclasses.asdict(result.setup)
+    summary = options.runs_dir / problem / f"family{_suffix(options)}.json"
+    write_atomically(
+        summary, to_text({"setup": setup, "rows": rows, "reading": reading})
+    )
+    path = _figure_path(f"family_{problem}", options)
+    family_figure.draw(rows, f"{task.problem.title}, {setup['steps']} steps", path)
+    Console(width=_WIDE).print(family_map.table_of(rows))
+    print(*reading, sep="\n")
+    print(f"Summary: {summary}")
+    print(f"Figure:  {path}")
 
 
 def calibrate(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import dissect_optax
+from dissect_optax import family
 from dissect_optax.dissection._errors import UserError, first_line, unknown_name
 from dissect_optax.dissection._programs import program_digest
 
@@ -69,8 +70,9 @@ def get_method(name: str) -> Method:
     """The method of this name.
 
     Args:
-      name: A named optimizer of this library (`m_svag`), or the path of any Optax
-          optimizer whose first argument is the learning rate (`optax.adamw`).
+      name: A named optimizer of this library (`m_svag`), a member of
+        `dissect_optax.family` (`family.adabelief`), or the path of any Optax optimizer
+        whose first argument is the learning rate (`optax.adamw`).
 
     Returns:
       The method.
@@ -89,10 +91,14 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    if not name.startswith("optax."):
+    kind, _, member = name.partition(".")
+    if kind == "family":
+        return _member(member)
+    if kind != "optax":
         raise UserError(
             unknown_name("optimizer", name, METHODS, _NAMES_BY_LABEL)
-            + " An Optax optimizer is named by its path, such as 'optax.adamw'."
+            + " An Optax optimizer is named by its path, such as 'optax.adamw', a"
+            " member of the family by 'family.adabelief', for example."
         )
     module_name, _, attribute = name.rpartition(".")
     try:
@@ -110,6 +116,18 @@ def get_method(name: str) -> Method:
             " alone. Expected a path such as 'optax.adamw'."
         )
     return Method(name, name, factory, 0.1)
+
+
+def _member(name: str) -> Method:
+    """A member of the family."""
+    if name not in family.MEMBERS:
+        raise UserError(unknown_name("member of the family", name, family.MEMBERS))
+    member = family.MEMBERS[name]
+    # A step along a sign changes every weight by the step size.
+    first_guess = 0.3 if "sign" in member.direction else 6.0
+    return Method(
+        f"family.{name}", name, member.factory, first_guess, member.needs_variance
+    )
 
 
 def _optax_paths() -> list[str]:
