@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter
 
 from experiments.figures.style import WIDTH, save, style
 
@@ -63,7 +64,8 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path:
         axes.set_xscale("symlog", linthresh=0.3)
         axes.set_xlabel("difference to ADAM in the mean log training loss")
         axes.set_title(title)
-        axes.margins(y=0.02)
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%+g"))
+        axes.set_ylim(-0.7, len(shown) - 0.3)
         handles = [
             Line2D([], [], color=color, marker="o", label=f"factor {order}")
             if order != "no momentum"

@@ -83,9 +83,8 @@ def _difference_text(row: dict[str, Any]) -> str:
         return "–"
     found = row["difference"]
     mark = "" if found["decided"] else " (not decided)"
-    return (
-        f"{found['estimate']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f}){mark}"
-    )
+    interval = f"{found['low']:+.2f} to {found['high']:+.2f}"
+    return f"{found['estimate']:+.2f} ({interval}){mark}"
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
