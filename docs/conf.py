@@ -27,6 +27,7 @@ PAGES = {
     "Reference": ["docs/api", "docs/equations"],
     "Guides": [
         "docs/family",
+        "docs/dissect",
         "docs/gradient_variance",
         "docs/numerics",
         "docs/theory",

@@ -34,7 +34,10 @@ def page_name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_python_blocks_of_a_page_run_one_after_the_other(page: Path) -> None:
+def test_python_blocks_of_a_page_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # For what they write.
     program = "\n".join(CODE.findall(page.read_text()))
     exec(compile(program, page_name(page), "exec"), {"__name__": "__main__"})
 

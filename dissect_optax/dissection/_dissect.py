@@ -292,8 +292,15 @@ def _dissect_method(
     """Races, tunes and replicates one method; adds its rows."""
     count = max(_FEWEST_TUNING_SEEDS, seeds if budget == "race" else 0)
     tuning_seeds = tuple(range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + count))
-    # Whether a network died does not matter here: its loss counts, not its accuracy.
-    protocol = Protocol(job.settings, _merit, tuning_seeds, stable_below=1.0)
+    # The loss that counts is the one that is minimised. A network that died has a bad
+    # one, and needs no other criterion.
+    protocol = Protocol(
+        job.settings,
+        _merit,
+        tuning_seeds,
+        stable_below=1.0,
+        stable_loss="training_loss",
+    )
     try:
         if budget == "race":
             raced = race(job, protocol, method)

@@ -106,18 +106,20 @@ class Protocol:
       merit: From a run to numbers to compare, the larger the better; means over the
         seeds are compared in their order.
       seeds: Seeds of the tuning runs at every step size.
-      stable_below: A step size is stable if the mean training loss, without the
-        regularizer, stays finite and ends below this fraction of its first value.
+      stable_below: A step size is stable if the training loss stays finite and ends
+        below this fraction of its first value.
+      stable_loss: Which loss: without the regularizer, or with it (`training_loss`).
     """
 
     settings: Settings
     merit: Callable[[Record], tuple[float, ...]] = best_accuracy
     seeds: tuple[int, ...] = (0,)
     stable_below: float = 0.9
+    stable_loss: str = "training_data_loss"
 
     def is_stable(self, record: Record) -> bool:
         """Whether the training loss stayed finite and went down."""
-        losses = record.curve("training_data_loss")
+        losses = record.curve(self.stable_loss)
         margin = (1.0 - self.stable_below) * abs(losses[0])
         return (
             not record.diverged

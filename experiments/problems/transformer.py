@@ -54,7 +54,7 @@ def _rotate(vectors: jax.Array) -> jax.Array:
     """Rotary positions (Su et al. 2021) of queries or keys `[length, heads, size]`."""
     length, _, size = vectors.shape
     frequencies = 10_000.0 ** (-jnp.arange(0, size, 2) / size)
-    angles = (jnp.arange(length)[:, None] * frequencies)[:, None, :]
+    angles = jnp.outer(jnp.arange(length), frequencies)[:, None, :]
     even, odd = jnp.split(vectors, 2, axis=-1)
     return jnp.concatenate(
         [
