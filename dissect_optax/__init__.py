@@ -45,7 +45,7 @@ from dissect_optax._sources import (
 )
 
 if TYPE_CHECKING:
-    from dissect_optax import family
+    from dissect_optax import family as family
     from dissect_optax.gradient_variance import (
         VarianceMemory,
         VarianceReport,
