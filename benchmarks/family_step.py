@@ -29,7 +29,6 @@ import optax
 import optax.contrib
 
 from benchmarks.environment import enable_x64, environment
-from benchmarks.optimizer_step import Stepper
 from dissect_optax import family
 
 LEARNING_RATE = 1e-3
@@ -130,6 +129,9 @@ CASES = [
 
 def time_steps(size: int, rounds: int) -> Iterator[dict[str, Any]]:
     """One row per member with its defaults, and centred RMSProp, on `size` numbers."""
+    # Imported here: it needs `optax.signum`, which Optax before 0.2.7 has not.
+    from benchmarks.optimizer_step import Stepper
+
     gradient = jax.random.normal(jax.random.key(0), (size,))
     for case in CASES:
         timed = not case.settings or case.settings == {"centered": True}

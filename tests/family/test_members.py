@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -349,3 +350,11 @@ def test_updates_and_derivatives_are_finite(name: str) -> None:
     assert np.all(np.isfinite(slope[..., usual]))
     # No gradient at all, no update; the averages of Yogi start at 1e-6.
     assert name == "yogi" or np.all(updates[..., SIZES == 0] == 0)
+
+
+def test_the_page_has_the_table_of_the_registry() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text("utf-8")
+    for member in MEMBERS.values():
+        cells = (member.direction, member.source or "–", member.factor, member.order)
+        row = " | ".join([f"`{member.name}`", *cells, str(member.buffers)])
+        assert f"| {row} |" in page
