@@ -37,7 +37,7 @@ def quick_compilation() -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_a_member_equals_its_namesake(case: Case) -> None:
     if case.theirs is None:
-        pytest.skip(f"this Optax has no {case.name}")
+        pytest.skip(f"this Optax has no {case.label}")
     assert relative_difference(case) < 1e-9
 
 
@@ -80,7 +80,7 @@ def test_state_holds_the_buffers_of_the_table(member: family.Member) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_no_case_holds_more_buffers_than_its_namesake(case: Case) -> None:
     if case.theirs is None:
-        pytest.skip(f"this Optax has no {case.name}")
+        pytest.skip(f"this Optax has no {case.label}")
     ours, theirs = (
         buffers_of(make(0.1, **case.settings)) for make in (case.ours, case.theirs)
     )
