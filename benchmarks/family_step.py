@@ -56,7 +56,7 @@ class Case:
 
 
 def namesake(name: str, settings: Iterable[str] = ()) -> Factory | None:
-    """The optimizer of Optax of this name; None if it, or one of its settings, lacks."""
+    """The optimizer of Optax of this name; None if it or a setting is missing."""
     module: Any = optax
     *folders, last = name.split(".")
     for folder in folders:
