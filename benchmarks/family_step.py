@@ -16,9 +16,10 @@ one minute.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ import optax
 import optax.contrib
 
 from benchmarks.environment import enable_x64, environment
-from benchmarks.optimizer_step import Stepper
 from dissect_optax import family
 
 LEARNING_RATE = 1e-3
@@ -55,13 +55,16 @@ class Case:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.settings.items())})"
 
 
-def namesake(name: str) -> Factory | None:
-    """The optimizer of Optax of this name, or None if it has none."""
+def namesake(name: str, settings: Iterable[str] = ()) -> Factory | None:
+    """The optimizer of Optax of this name; None if it or a setting is missing."""
     module: Any = optax
     *folders, last = name.split(".")
     for folder in folders:
         module = getattr(module, folder)
-    return getattr(module, last, None)
+    factory = getattr(module, last, None)
+    if factory is None or set(settings) - set(inspect.signature(factory).parameters):
+        return None
+    return factory
 
 
 def _core_of_adafactor(learning_rate: float, **settings: Any) -> Any:
@@ -115,7 +118,7 @@ CASES = [
             name.removeprefix("contrib."),
             settings,
             getattr(family, name.removeprefix("contrib.")),
-            namesake(name),
+            namesake(name, settings),
         )
         for name, all_settings in SETTINGS.items()
         for settings in all_settings
@@ -130,6 +133,9 @@ CASES = [
 
 def time_steps(size: int, rounds: int) -> Iterator[dict[str, Any]]:
     """One row per member with its defaults, and centred RMSProp, on `size` numbers."""
+    # Imported here: it needs `optax.signum`, which Optax before 0.2.7 has not.
+    from benchmarks.optimizer_step import Stepper
+
     gradient = jax.random.normal(jax.random.key(0), (size,))
     for case in CASES:
         timed = not case.settings or case.settings == {"centered": True}

@@ -77,6 +77,10 @@ napoleon_custom_sections = ["Edge cases"]
 
 # Of equal names the last counts: `adam` is the paper's.
 PUBLIC = {
+    **{
+        name: f"dissect_optax.dissection.{name}"
+        for name in ("Dissection", "Effect", "Problem", "Protocol")
+    },
     **{name: f"dissect_optax.diagnostics.{name}" for name in diagnostics.__all__},
     **{name: f"dissect_optax.family.{name}" for name in family.__all__},
     **{name: f"dissect_optax.theory.{name}" for name in theory.__all__},

@@ -115,6 +115,8 @@ def test_the_api_page_has_every_public_name_in_its_order() -> None:
     documented = re.findall(
         r"^\.\. auto(?:function|class|data):: (\S+)$", page, re.MULTILINE
     )
+    # Of the engine, the page has a choice.
+    documented = [name for name in documented if ".dissection." not in name]
     assert documented == [
         *(f"dissect_optax.{name}" for name in dissect_optax.__all__),
         *(f"dissect_optax.theory.{name}" for name in theory.__all__),

@@ -6,11 +6,11 @@ the step before), 1 + η² would cancel: there v itself stands in the place of t
 variance, with `reciprocal` for the factor, which is the same d/√v.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dissect_optax._adaptation import (
@@ -746,7 +746,7 @@ def adopt(
     return _chain(
         estimate(
             optax.identity(),
-            decorrelated(second_moment(b2, start="first"), first=jnp.inf),
+            decorrelated(second_moment(b2, start="first"), first=math.inf),
             minus_square=False,
             floor=eps,
         ),

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def quick_compilation() -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_a_member_equals_its_namesake(case: Case) -> None:
     if case.theirs is None:
-        pytest.skip(f"this Optax has no {case.name}")
+        pytest.skip(f"this Optax has no {case.label}")
     assert relative_difference(case) < 1e-9
 
 
@@ -79,7 +80,7 @@ def test_state_holds_the_buffers_of_the_table(member: family.Member) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 def test_no_case_holds_more_buffers_than_its_namesake(case: Case) -> None:
     if case.theirs is None:
-        pytest.skip(f"this Optax has no {case.name}")
+        pytest.skip(f"this Optax has no {case.label}")
     ours, theirs = (
         buffers_of(make(0.1, **case.settings)) for make in (case.ours, case.theirs)
     )
@@ -349,3 +350,11 @@ def test_updates_and_derivatives_are_finite(name: str) -> None:
     assert np.all(np.isfinite(slope[..., usual]))
     # No gradient at all, no update; the averages of Yogi start at 1e-6.
     assert name == "yogi" or np.all(updates[..., SIZES == 0] == 0)
+
+
+def test_the_page_has_the_table_of_the_registry() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text("utf-8")
+    for member in MEMBERS.values():
+        cells = (member.direction, member.source or "–", member.factor, member.order)
+        row = " | ".join([f"`{member.name}`", *cells, str(member.buffers)])
+        assert f"| {row} |" in page

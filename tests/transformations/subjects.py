@@ -173,13 +173,10 @@ TRANSFORMATIONS = {
     },
 }
 
-# Of the family the chains that have most parts between them: directions that keep a
-# gradient or nothing, a mean beside them, sources that are read a step late, a factor
-# before the momentum. tests/family compares all members.
+# Of the family two chains that have many parts between them: a mean beside the
+# direction, a deviation from it, sources that are read a step late, η⁻¹, a factor
+# before the momentum. tests/family has all members.
 FAMILY = {
-    "family.adan": Subject(
-        family.adan, {**_LEARNING, "b1": 0.75, "b2": 0.5, "b3": 0.875, "eps": 1e-3}
-    ),
     "family.acprop": Subject(
         family.acprop, {**_LEARNING, "b1": 0.75, "b2": 0.875, "eps_root": 1e-3}
     ),

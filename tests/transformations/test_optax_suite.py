@@ -58,9 +58,8 @@ FACTORIES = {
 } | {
     "m_svag_mb": with_exact_gradients(do.m_svag_mb),
     "adam_star_mb": with_exact_gradients(do.adam_star_mb),
-    # Of the family one with a factor by η⁻¹, and one with a factor before the momentum.
+    # Of the family one with η⁻¹ and a source that needs the direction's mean.
     "adabelief": family.adabelief,
-    "adopt": family.adopt,
 }
 # What each needs to solve the test problems in the given number of steps.
 LEARNING_RATES = {
@@ -75,7 +74,6 @@ LEARNING_RATES = {
     "m_svag_mb": 1e-4,
     "adam_star_mb": 1e-2,
     "adabelief": 1e-2,
-    "adopt": 1e-2,
 }
 # A step of fixed length in every coordinate circles in Rosenbrock's valley; Optax's
 # own tests leave sign_sgd and signum out for the same reason.
