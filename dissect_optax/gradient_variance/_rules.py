@@ -51,9 +51,11 @@ from dissect_optax.gradient_variance._terms import (
     Applied,
     Concatenation,
     Constant,
+    Elementwise,
     Materialized,
     Reindexed,
     Scaled,
+    Several,
     Sum,
     TakenInLoop,
     Term,
@@ -357,11 +359,9 @@ def _scaled_inside(
     term: Term, value: Source, places: tuple[int, ...], kind: str
 ) -> Term | None:
     """The term with a scale taken into its factors, if these have the scale's axes."""
+    scaled = functools.partial(_scaled_inside, value=value, places=places, kind=kind)
     if isinstance(term, Sum):
-        parts = [_scaled_inside(part, value, places, kind) for part in term.terms]
-        if any(part is None for part in parts):
-            return None
-        return added([part for part in parts if part is not None])
+        return _with_inner(term, scaled)
     if isinstance(term, TableRows):
         rest = [a for a in range(len(term.shape)) if a not in term.axes]
         if not set(places) <= set(rest):
@@ -372,22 +372,19 @@ def _scaled_inside(
     if isinstance(term, KernelGradient):
         if places or not isinstance(term.term, Contraction):
             return None
-        inner = _scaled_inside(term.term, value, (), kind)
-        assert isinstance(inner, Contraction)
-        return dataclasses.replace(term, term=inner)
+        return _with_inner(term, scaled)
     if isinstance(term, Scaled):
         if kind in ("select", "deselect") and term.kind != "select":
             # The mask may hide elements that the scale makes infinite: it comes last.
             return None
-        inner = _scaled_inside(term.term, value, places, kind)
-        return None if inner is None else dataclasses.replace(term, term=inner)
+        return _with_inner(term, scaled)
     if isinstance(term, Reindexed) and not places:
-        inner = _scaled_inside(term.term, value, (), kind)
-        if inner is None and isinstance(term.term, Materialized):
+        if isinstance(term.term, Materialized):
             scale = functools.partial(_scale_axes, kind, ())
             source = derive(scale, term.term.source, value)
             inner = dataclasses.replace(term.term, source=source)
-        return None if inner is None else dataclasses.replace(term, term=inner)
+            return dataclasses.replace(term, term=inner)
+        return _with_inner(term, scaled)
     if not isinstance(term, Contraction):
         return None
     if not places:
@@ -404,6 +401,22 @@ def _scaled_inside(
             sides = (None, scale) if side else (scale, None)
             return term.with_factors(*sides, value)
     return None
+
+
+def _with_inner(
+    term: Several | Elementwise, change: Callable[[Term], Term | None]
+) -> Term | None:
+    """The term with the terms inside it changed, or None where one cannot be."""
+    if isinstance(term, Elementwise):
+        inner = change(term.term)
+        return None if inner is None else dataclasses.replace(term, term=inner)
+    parts = list(map(change, term.terms))
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    if isinstance(term, Sum):
+        return added(found)
+    return dataclasses.replace(term, terms=tuple(found))
 
 
 def _scale_axes(
@@ -454,24 +467,15 @@ def _part_of_complex(
     """The real or imaginary part of a term."""
     if isinstance(term, Materialized):
         return dataclasses.replace(term, source=derive(take, term.source))
-    if isinstance(term, Sum | Concatenation):
-        parts = [_part_of_complex(part, split, take) for part in term.terms]
-        found = tuple(part for part in parts if part is not None)
-        if len(found) < len(parts):
-            return None
-        if isinstance(term, Sum):
-            return added(list(found))
-        return dataclasses.replace(term, terms=found)
-    if isinstance(term, Reindexed):
-        inner = _part_of_complex(term.term, split, take)
-        return None if inner is None else dataclasses.replace(term, term=inner)
+    part = functools.partial(_part_of_complex, split=split, take=take)
+    if isinstance(term, Sum | Concatenation | Reindexed):
+        return _with_inner(term, part)
     if isinstance(term, TableRows):
         return dataclasses.replace(term, rows=derive(take, term.rows))
     if isinstance(term, Scaled):
         if jnp.issubdtype(dtype_of(term.factor), jnp.complexfloating):
             return None
-        inner = _part_of_complex(term.term, split, take)
-        return None if inner is None else dataclasses.replace(term, term=inner)
+        return _with_inner(term, part)
     if not isinstance(term, Contraction) or term.left_view is not None:
         return None
     left, right = (_contractions.is_complex(s[0]) for s in (term.left, term.right))

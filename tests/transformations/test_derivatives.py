@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,15 +14,9 @@ import pytest
 import dissect_optax as do
 from tests.transformations.streams import stream
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 Make = Callable[..., optax.GradientTransformation]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Derivatives do not depend on how hard the compiler works."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # name -> (optimizer of its decays, their values, whether it wants a variance)

@@ -1,6 +1,5 @@
 """Every dtype of gradients, and every setting of dtypes around them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,20 +11,14 @@ import pytest
 import dissect_optax as do
 from tests.transformations.subjects import OPTIMIZERS, SUBJECTS, Subject
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 every_optimizer = pytest.mark.parametrize(
     "subject", OPTIMIZERS.values(), ids=OPTIMIZERS
 )
 FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"]
 INTEGERS = [jnp.int8, jnp.int32, jnp.uint8, jnp.uint32, jnp.bool_]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Dtypes do not depend on how hard the compiler works."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def two_steps(subject: Subject, gradient: jax.Array, params: Any = None) -> Any:
