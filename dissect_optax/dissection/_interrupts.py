@@ -43,7 +43,7 @@ def recorded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Only records the first signal inside; a second one raises."""
+    """Only records the first signal inside; a second SIGINT or SIGTERM raises."""
     with _handled_by(_record):
         yield
 
@@ -91,9 +91,15 @@ def _record_and_raise(number: int, frame: FrameType | None) -> None:
 def _record(number: int, frame: FrameType | None) -> None:
     """Handles the first signal where it is deferred."""
     del frame
+    is_first = not _arrived.is_set()
     _arrived.set()
-    signal.signal(number, _record_and_raise)
-    how = "Ctrl-C again" if number == signal.SIGINT else "A second signal"
+    # Not SIGHUP: when a terminal is closed, a shell and the kernel both send it.
+    for other in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(other) is _record:
+            signal.signal(other, _record_and_raise)
+    if not is_first:
+        return
+    how = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
     # After SIGHUP there may be no terminal any more, and a signal may arrive while
     # something else is printed.
     with contextlib.suppress(OSError, RuntimeError, ValueError):

@@ -49,7 +49,7 @@ def test_signal_that_was_swallowed_is_raised_at_the_next_check(arrive):
             interrupts.check()
 
 
-@pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("second", SIGNALS[:2], ids=lambda number: number.name)
 def test_deferred_signal_waits_and_a_second_does_not(arrive, second, capsys):
     with (
         contextlib.suppress(KeyboardInterrupt),
@@ -62,6 +62,20 @@ def test_deferred_signal_waits_and_a_second_does_not(arrive, second, capsys):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
     assert not interrupts.arrived()  # The next command begins anew.
+
+
+def test_terminal_that_is_closed_sends_its_signal_twice(arrive, capsys):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        interrupts.recorded(),
+        interrupts.deferred(),
+    ):
+        arrive()
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert capsys.readouterr().err.count("Stopping in a moment") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_signal_is_deferred_although_nobody_can_be_told(arrive, monkeypatch):

@@ -1,10 +1,6 @@
 """The training loop against NumPy, and a group of runs against its replicas."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +22,15 @@ from tests.dissection.toys import (
     LAYERS,
     PROBLEM,
     SETTINGS,
+    init,
+    job,
     load_data,
+    loss,
     penalty,
     replicas,
+    train,
+    without_seconds,
 )
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -309,48 +308,36 @@ def test_regularizer_of_the_problem_is_the_one_that_is_differentiated(data):
     )
 
 
-RUN = """
-import jax
-from tests.dissection.toys import job, train, without_seconds
-
-def impl(key):
-    return str(jax.random.key_impl(key))
-
-seen = set()
-
-import dataclasses
-from tests.dissection import toys
-
-def loss(params, example, key):
-    seen.add(impl(key))
-    return toys.loss(params, example, key) * jax.random.uniform(key)
-
-def augment(example, key):
-    seen.add(impl(key))
-    return example
-
-def init(key):
-    seen.add(impl(key))
-    return toys.init(key)
-
-problem = dataclasses.replace(toys.PROBLEM, loss=loss, augment=augment, init=init)
-record = train(job(None, problem=problem), "m_svag_mb", 0.3)
-print(seen, without_seconds(record), record.config.numerics)
-"""
-
-
 def test_random_streams_do_not_depend_on_the_usual_generator():
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", RUN],
-            cwd=REPOSITORY,
-            env={**os.environ, "JAX_DEFAULT_PRNG_IMPL": impl},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for impl in ("threefry2x32", "rbg")
-    ]
-    assert outputs[0] == outputs[1]
-    assert "fry" in outputs[0]
-    assert "rbg" not in outputs[0]
+    """As `JAX_DEFAULT_PRNG_IMPL` sets it; functions of a problem get the same keys."""
+    seen = []
+
+    def note(key):
+        seen.append(str(jax.random.key_impl(key)))
+        return key
+
+    def noisy_loss(params, example, key):
+        return loss(params, example, key) * jax.random.uniform(note(key))
+
+    def noisy_example(example, key):
+        noise = jax.random.normal(note(key), (4,))
+        return {**example, "input": example["input"] + noise}
+
+    problem = dataclasses.replace(
+        PROBLEM,
+        init=lambda key: init(note(key)),
+        loss=noisy_loss,
+        augment=noisy_example,
+    )
+    usual = train(job(None, problem=problem), "m_svag_mb", 0.3)
+    count = len(seen)
+    with jax.default_prng_impl("rbg"):
+        assert str(jax.random.key_impl(jax.random.key(0))) == "rbg"
+        # Another problem, for which programs are traced again.
+        again = dataclasses.replace(problem)
+        other = train(job(None, problem=again), "m_svag_mb", 0.3)
+    assert len(seen) == 2 * count >= 6
+    assert len(set(seen)) == 1
+    assert "fry" in seen[0]
+    assert without_seconds(other) == without_seconds(usual)
+    assert other.config == usual.config

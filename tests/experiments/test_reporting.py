@@ -129,7 +129,8 @@ def test_figure_of_runs_that_all_diverged_ends_where_they_did(tmp_path, monkeypa
 
 def test_step_sizes_of_a_method_can_be_told_apart(tmp_path, monkeypatch):
     lines = {
-        f"M-SGD, {rate}": [made_up_record((3.0, 2.0), 1, rate)] for rate in range(1, 12)
+        f"M-SGD, {rate}": [made_up_record((3.0, 2.0), 1, float(rate))]
+        for rate in range(1, 12)
     }
     figure = drawn(monkeypatch, tmp_path, {"MNIST": lines})
     opacities = [line.get_alpha() for line in figure.axes[0].lines]
