@@ -600,8 +600,11 @@ def _check_updates(problem: Problem, method: Method) -> None:
             f"The optimizer {method.label} cannot update these parameters, or does not"
             f" take this schedule: {first_line(error)}"
         ) from error
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, state) for state in (before, after)]
-    if shapes[0] != shapes[1]:
+    kinds = [
+        (jax.tree.structure(state), [leaf.shape for leaf in jax.tree.leaves(state)])
+        for state in (before, after)
+    ]
+    if kinds[0] != kinds[1]:
         raise UserError(
             f"The optimizer {method.label} changes the structure of its state, which"
             " cannot be compiled in a loop."
