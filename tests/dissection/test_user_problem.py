@@ -127,7 +127,7 @@ def test_a_wrong_loss_is_a_sentence(reject, wrong, sentence):
         ),
         (
             lambda w, b: jnp.mean(
-                jnp.square((b[0] - b[0].mean(0, keepdims=True)) @ w - b[1])
+                jnp.square((b[0] - b[0].mean(0, keepdims=True)) @ (3 * w) - b[1])
             ),
             "as it does in batch normalization",
         ),
