@@ -125,9 +125,24 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"dissect_optax.{name}")
     if name not in _IMPORTED_WHEN_USED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"dissect_optax.{_IMPORTED_WHEN_USED[name]}")
+    try:
+        module = importlib.import_module(f"dissect_optax.{_IMPORTED_WHEN_USED[name]}")
+    except ModuleNotFoundError as error:
+        if name != "dissect":
+            raise
+        return _raise_when_called(error)
     return globals().setdefault(name, getattr(module, name))
 
 
+def _raise_when_called(error: ModuleNotFoundError) -> Any:
+    """`dissect` without its packages: `from dissect_optax import *` needs none."""
+
+    def dissect(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return dissect
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    # `dissection` is not listed, since `inspect.getmembers` would import it.
+    return sorted({*globals(), *__all__, "diagnostics", "family"})

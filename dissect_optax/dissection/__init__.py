@@ -8,6 +8,7 @@ missing, in which groups), `_training` and `_evaluation` (one compiled program e
 `_checkpoints`, `_records`.
 """
 
+from dissect_optax.dissection import _requirements as _requirements  # Before all.
 from dissect_optax.dissection._command import main
 from dissect_optax.dissection._data import (
     Data,

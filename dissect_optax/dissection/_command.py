@@ -8,6 +8,7 @@ dictionary.
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import dissect_optax
 from dissect_optax.dissection._dissect import dissect
-from dissect_optax.dissection._errors import UserError, first_line
+from dissect_optax.dissection._errors import UserError, unknown_name
 from dissect_optax.dissection._interrupts import recorded
 from dissect_optax.dissection._result import Dissection
 
@@ -71,26 +72,30 @@ def load_function(path: str) -> Callable[[], Any]:
         raise UserError(
             f"PROBLEM must be MODULE:FUNCTION, such as mymodule:problem, got '{path}'."
         )
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0]:
             raise
         raise UserError(
-            f"There is no module '{module_name}' in {os.getcwd()} or on the path of"
-            " Python."
+            f"There is no module '{module_name}' in {here} or on the path of Python."
         ) from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"The module '{module_name}' has no function '{name}'.")
     return function
 
 
-def run(options: argparse.Namespace) -> Dissection:
-    """The dissection that the options ask for, printed and written."""
+def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `dissect` that the problem and the options give.
+
+    Raises:
+      UserError: They are not arguments of `dissect`.
+    """
     arguments = load_function(options.problem)()
     if not isinstance(arguments, dict) or not {"loss", "init", "data"} <= set(
         arguments
@@ -99,18 +104,26 @@ def run(options: argparse.Namespace) -> Dissection:
             f"{options.problem} must return a dictionary with `loss`, `init` and"
             " `data`, the arguments of `dissect_optax.dissect`."
         )
+    known = inspect.signature(dissect).parameters
+    if unknown := [name for name in arguments if name not in known]:
+        raise UserError(
+            f"{options.problem}: {unknown_name('argument', str(unknown[0]), known)}"
+        )
+    arguments = dict(arguments)
     for name in ("directory", "batch_size", "steps", "seeds", "methods", "budget"):
         if (value := getattr(options, name)) is not None:
             arguments[name] = value
+    return arguments
+
+
+def run(options: argparse.Namespace, arguments: dict[str, Any]) -> Dissection:
+    """The dissection with these arguments, printed and written."""
     for path in (options.html, options.json):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"The directory of {path} does not exist.")
-    try:
-        result = dissect(**arguments)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise UserError(f"{options.problem}: {first_line(error)}") from error
+        if path is not None and path.is_dir():
+            raise UserError(f"{path} is a directory, expected the name of a file.")
+    result = dissect(**arguments)
     print(result)
     if options.json is not None:
         options.json.write_text(result.to_json())
@@ -130,9 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status.
     """
     options = arguments_parser().parse_args(arguments)
+    directory = options.directory
     try:
         with recorded():
-            run(options)
+            given = arguments_of(options)
+            directory = given.get("directory")
+            run(options, given)
     except UserError as error:
         print(f"dissect-optax: {error}", file=sys.stderr)
         return 2
@@ -144,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        kept = "the last checkpoint" if options.directory else "the beginning"
+        kept = "the last checkpoint" if directory else "the beginning"
         print(f"\nInterrupted. The same command goes on from {kept}.", file=sys.stderr)
         return INTERRUPTED
     return 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from dissect_optax import diagnostics
 from dissect_optax.dissection._data import number_of_examples
 from dissect_optax.dissection._effects import clip_losses
 from dissect_optax.dissection._environment import environment
-from dissect_optax.dissection._errors import UserError
+from dissect_optax.dissection._errors import UserError, first_line
 from dissect_optax.dissection._methods import (
     FOUR_METHODS,
     Method,
@@ -44,14 +45,19 @@ from dissect_optax.dissection._rows import (
 from dissect_optax.dissection._running import Diagnosis, Job, diagnosed_steps
 from dissect_optax.dissection._tuning import (
     FIRST_REPLICATION_SEED,
+    NoStableStepSize,
     Protocol,
     Tuned,
     replicate,
     step_size,
+    steps_taken,
+    tuning_records,
 )
 from dissect_optax.dissection._user_problem import user_problem
+from dissect_optax.dissection._warnings import DissectionWarning
 
 PyTree = Any
+Level = Literal["cheap", "normal", "full"]
 
 # Far from the seeds of the replications, which count from 1.
 _FIRST_TUNING_SEED = 1_000_000
@@ -81,7 +87,7 @@ def dissect(
     schedule: Callable[[Any], optax.ScalarOrSchedule] | None = None,
     budget: Budget = "full",
     evaluation_interval: int | None = None,
-    level: Literal["cheap", "normal", "full"] | None = "cheap",
+    level: Level | None = "cheap",
     title: str = "",
     progress: bool = True,
 ) -> Dissection:
@@ -90,8 +96,9 @@ def dissect(
     Adam steps along the sign of a momentum and scales each element by an estimate of
     its relative variance. The four methods M-SGD, M-SSD, M-SVAG and ADAM have both
     aspects, one of them, or none. Each gets its step size by the same protocol: a race
-    of a tenth of the steps over the grid 1, 3, 6 · 10^m, from the largest stable step
-    size down over at least two decades (§A.2), then full runs around the best of it.
+    of a tenth of the steps, at least ten, over the grid 1, 3, 6 · 10^m, from the
+    largest stable step size down over at least two decades (§A.2), then full runs
+    around the best of it.
     Replications with equal seeds share initial parameters and mini-batches; from their
     differences follow the effect of the sign, of the variance adaptation, and their
     interaction, in units of the log loss, with 95 % intervals.
@@ -101,7 +108,8 @@ def dissect(
     Args:
       loss: `loss(params, example)` or `loss(params, example, key)`, the loss of one
         example; for a language model, the example is the sequence. `batched=True` for
-        a mean over a batch.
+        a mean over a batch. Outcomes are logarithms of its mean: add a constant to a
+        loss that may be negative.
       init: From a random key to parameters, any tree of floating-point arrays; or the
         parameters, and then seeds differ in their mini-batches only.
       data: Training examples, a tree of arrays `[examples, ...]`.
@@ -121,9 +129,11 @@ def dissect(
       directory: Where runs are kept, so that the same call goes on after it was
         stopped. Runs are found again only while loss, data, initialisation and
         settings are the same. Without one, they are kept in memory.
-      schedule: From a step size to a learning rate or an Optax schedule of `steps`.
+      schedule: From a step size to an Optax schedule over `steps`, such as `lambda
+        size: optax.cosine_decay_schedule(size, 1000)`. None for a constant one.
       budget: "race" trains the race only, and forecasts the rest.
-      evaluation_interval: Steps between two evaluations; must divide `steps`.
+      evaluation_interval: Steps between two evaluations; must divide `steps`. None
+        for about twenty evaluations.
       level: What `diagnostics.measure` measures at the start, the middle and the end
         of one replication of ADAM; None for nothing. Nothing is measured at batch size
         1, or above the number of examples.
@@ -161,19 +171,23 @@ def dissect(
       Balles & Hennig, Dissecting Adam, Table 1, §4 and §A.2.
     """
     batch_sizes = _checked_batch_sizes(batch_size)
-    _check_counts(steps=steps, seeds=seeds)
+    steps, seeds = _count("steps", steps), _count("seeds", seeds)
     if budget not in ("full", "race"):
         raise UserError(f"`budget` must be 'full' or 'race', got {budget!r}.")
-    chosen = _checked_methods(methods, extra)
-    try:
-        settings = Settings(
-            steps=steps,
-            batch_size=batch_sizes[0],
-            evaluation_interval=evaluation_interval or evaluation_interval_of(steps),
+    if level not in ("cheap", "normal", "full", None):
+        raise UserError(
+            f"`level` must be 'cheap', 'normal', 'full' or None, got {level!r}."
         )
-    except (TypeError, ValueError) as error:
+    chosen = _checked_methods(methods, extra)
+    if evaluation_interval is None:
+        evaluation_interval = evaluation_interval_of(steps)
+    interval = _count("evaluation_interval", evaluation_interval)
+    try:
+        settings = Settings(steps, batch_sizes[0], interval)
+    except ValueError as error:
         raise UserError(str(error)) from error
-    problem = user_problem(
+    _check_directory(directory)
+    problem, warnings = user_problem(
         loss,
         init,
         data,
@@ -185,6 +199,8 @@ def dissect(
         batched=batched,
         title=title,
     )
+    for method in chosen:
+        _check_updates(problem, method)
     return dissect_problem(
         problem,
         chosen,
@@ -195,6 +211,7 @@ def dissect(
         directory=directory,
         schedule="constant" if schedule is None else "given by `schedule`",
         monitor=Monitor() if progress else SilentMonitor(),
+        warnings=warnings,
     )
 
 
@@ -205,11 +222,12 @@ def dissect_problem(
     *,
     seeds: int = 5,
     budget: Budget = "full",
-    level: Literal["cheap", "normal", "full"] | None = "cheap",
+    level: Level | None = "cheap",
     directory: str | Path | None = None,
     data_dir: Path | None = None,
     schedule: str = "constant",
     monitor: Monitor | None = None,
+    warnings: Sequence[DissectionWarning] = (),
 ) -> Dissection:
     """`dissect` for a `Problem`, with the length of its settings.
 
@@ -224,16 +242,20 @@ def dissect_problem(
       data_dir: Directory of the problem's data; None for the usual place.
       schedule: Schedule of the step size in words.
       monitor: Where progress is shown.
+      warnings: Warnings about the problem, for the result.
 
     Returns:
       The result.
     """
     started = time.perf_counter()
     store = Store(None if directory is None else Path(directory).expanduser())
+    monitor = monitor or Monitor()
+    for warning in warnings:
+        monitor.say(str(warning))
     found = _Rows()
     for size in batch_sizes:
         settings = dataclasses.replace(problem.settings, batch_size=size)
-        job = Job(problem, settings, store, monitor or Monitor(), data_dir)
+        job = Job(problem, settings, store, monitor, data_dir)
         for method in methods:
             _dissect_method(job, method, seeds, budget, level, found)
     data = job.data
@@ -256,7 +278,7 @@ def dissect_problem(
         budget=budget,
         race_steps=short.steps,
     )
-    return Dissection(setup, found.runs, found.tunings, found.measurements)
+    return Dissection(setup, found.runs, found.tunings, found.measurements, warnings)
 
 
 # ---- One method at one batch size -------------------------------------------------
@@ -286,7 +308,7 @@ def _dissect_method(
     method: Method,
     seeds: int,
     budget: Budget,
-    level: Literal["cheap", "normal", "full"] | None,
+    level: Level | None,
     found: _Rows,
 ) -> None:
     """Races, tunes and replicates one method; adds its rows."""
@@ -308,12 +330,12 @@ def _dissect_method(
             found.tunings.append(_tuning_of_race(job, protocol, method, raced))
             return
         tuned = tune_by_race(job, protocol, method)
-    except UserError as error:
-        if "No step size is stable" not in str(error):
-            raise
-        found.tunings.append(_tuning_of_nothing(job, method))
+    except NoStableStepSize:
+        found.tunings.append(_tuning_of_nothing(job, protocol, method))
         return
-    found.runs += _rows_of_runs(tuned.race, "race")
+    # One step is no race.
+    if race_settings(job.settings) != job.settings:
+        found.runs += _rows_of_runs(tuned.race, "race")
     for records in tuned.full.values():
         found.runs += _rows_of_runs(records, "tuning")
     found.tunings.append(_tuning_of(job, protocol, method, tuned))
@@ -327,7 +349,7 @@ def _dissect_method(
     found.measurements += _rows_of_measurements(job, method, records)
 
 
-def _diagnosis(job: Job, level: Literal["cheap", "normal", "full"]) -> Diagnosis:
+def _diagnosis(job: Job, level: Level) -> Diagnosis:
     """Diagnostics of the first replication."""
 
     def loss(params: PyTree, example: PyTree, key: jax.Array) -> jax.Array:
@@ -440,17 +462,27 @@ def _tuning_of_race(
     )
 
 
-def _tuning_of_nothing(job: Job, method: Method) -> Tuning:
-    """The row of a method without a stable step size."""
+def _tuning_of_nothing(job: Job, protocol: Protocol, method: Method) -> Tuning:
+    """The row of a method without a stable step size: everything that was tried."""
+    tried: dict[float, Sequence[Record]] = {}
+    steps = 0
+    # A step size that was stable in the race was not in full runs.
+    for settings in (race_settings(job.settings), job.settings):
+        records = tuning_records(
+            job, dataclasses.replace(protocol, settings=settings), method
+        )
+        tried |= {step_size(point): runs for point, runs in records.items()}
+        steps += sum(steps_taken(run) for runs in records.values() for run in runs)
+    candidates = _candidates(protocol, tried)
     return Tuning(
         method=method.name,
         batch_size=job.settings.batch_size,
         learning_rate=math.nan,
         largest_stable=math.nan,
-        candidates=(),
+        candidates=tuple((rate, outcome, False) for rate, outcome, _ in candidates),
         picks=(),
         at_edge=False,
-        cost=math.nan,
+        cost=steps / job.settings.steps,
     )
 
 
@@ -490,25 +522,29 @@ def evaluation_interval_of(steps: int) -> int:
     best = min(counts, key=lambda count: abs(math.log(count / _EVALUATIONS)))
     if best < min(steps, 10):
         raise UserError(
-            f"`steps` must be a multiple of a number of evaluations from 10 to"
-            f" {_MOST_EVALUATIONS}, got {steps}. Expected {round(steps, -1) or 10}, for"
-            " example, or `evaluation_interval`."
+            f"`steps` must be a multiple of a number from 10 to {_MOST_EVALUATIONS}, so"
+            f" that runs are evaluated so often, got {steps}. Use"
+            f" {round(steps, -1)}, or pass an `evaluation_interval` that divides it."
         )
     return steps // best
 
 
-def _check_counts(**counts: int) -> None:
-    """Raises unless all of them are positive integers."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"`{name}` must be a positive integer, got {value!r}.")
+def _count(name: str, value: Any) -> int:
+    """The positive integer, also from one of NumPy."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if isinstance(value, bool) or count < 1:
+        raise UserError(f"`{name}` must be a positive integer, got {value!r}.")
+    return count
 
 
 def _checked_batch_sizes(batch_size: int | Sequence[int]) -> tuple[int, ...]:
     """The batch sizes in ascending order."""
-    given = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-    for size in given:
-        _check_counts(batch_size=size)
+    several = np.ndim(batch_size) > 0 or isinstance(batch_size, set)
+    sizes = tuple(batch_size) if several else (batch_size,)  # type: ignore[arg-type]
+    given = tuple(_count("batch_size", size) for size in sizes)
     if not given or len(set(given)) < len(given):
         raise UserError(
             f"`batch_size` must be one or several different numbers, got {given}."
@@ -520,8 +556,16 @@ def _checked_methods(
     methods: Sequence[str], extra: Mapping[str, Any] | None
 ) -> list[Method]:
     """The methods by name, and the extra ones."""
-    if isinstance(methods, str):
-        raise UserError(f"`methods` must be a list of names, got {methods!r}.")
+    if isinstance(methods, str) or not all(isinstance(name, str) for name in methods):
+        raise UserError(
+            f"`methods` must be a list of names, got {methods!r}. An optimizer of your"
+            " own goes into `extra`, by name."
+        )
+    if not isinstance(extra or {}, Mapping):
+        raise UserError(
+            "`extra` must be a dictionary of functions from a learning rate to an"
+            f" optimizer, got {extra!r}."
+        )
     chosen = [get_method(name) for name in methods]
     chosen += [method_from(name, made) for name, made in (extra or {}).items()]
     names = [method.name for method in chosen]
@@ -531,3 +575,44 @@ def _checked_methods(
             f" {', '.join(names) or 'none'}."
         )
     return chosen
+
+
+def _check_directory(directory: str | Path | None) -> None:
+    """Raises unless files can be written there, before anything is trained."""
+    if directory is None:
+        return
+    path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"`directory` must be a directory, got the file {path}.")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _check_updates(problem: Problem, method: Method) -> None:
+    """Raises unless the method updates these parameters on this schedule."""
+
+    def updated(learning_rate: jax.Array) -> PyTree:
+        optimizer = optax.with_extra_args_support(
+            method.factory(problem.schedule(learning_rate))
+        )
+        params = problem.init(jax.random.key(0))
+        state = optimizer.init(params)
+        extra_args = {"grad_variance": params} if method.needs_variance else {}
+        updates, new_state = optimizer.update(params, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state, new_state
+
+    try:
+        _, before, after = jax.eval_shape(updated, jax.ShapeDtypeStruct((), np.float32))
+    except Exception as error:
+        raise UserError(
+            f"The optimizer {method.label} cannot update these parameters, or does not"
+            f" take this schedule: {first_line(error)}"
+        ) from error
+    kinds = [
+        (jax.tree.structure(state), [leaf.shape for leaf in jax.tree.leaves(state)])
+        for state in (before, after)
+    ]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"The optimizer {method.label} changes the structure of its state, which"
+            " cannot be compiled in a loop."
+        )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy.special import betaincinv, stdtrit
 
+from dissect_optax.dissection._errors import UserError
 from dissect_optax.dissection._rows import CELLS, Run
 
 CONFIDENCE = 0.95
@@ -234,7 +235,7 @@ def clip_losses(losses: Sequence[float]) -> tuple[np.ndarray, bool]:
       The clipped losses and whether the limits bind.
 
     Raises:
-      ValueError: The first loss is not positive and finite.
+      UserError: The first loss is not positive and finite.
 
     Examples:
       >>> clip_losses([2.0, 1.0, 50.0])
@@ -242,7 +243,7 @@ def clip_losses(losses: Sequence[float]) -> tuple[np.ndarray, bool]:
     """
     first = losses[0]
     if not (math.isfinite(first) and first > 0):
-        raise ValueError(
+        raise UserError(
             "Outcomes are logarithms of the training loss, so the loss before the first"
             f" step must be positive and finite; got {first:g}. For a loss that may be"
             " negative, add a constant that bounds it from below."
@@ -298,7 +299,7 @@ def outcome_of(run: Run) -> Outcome:
       Its outcome.
 
     Raises:
-      ValueError: The run did not diverge and its first loss is not positive.
+      UserError: The run did not diverge and its first loss is not positive.
 
     Examples:
       >>> run = Run("adam", 8, 1, 0.1, "replicate", (0, 1), (1.0, math.e), {}, False, 0)

@@ -15,7 +15,7 @@ import optax
 import dissect_optax
 from dissect_optax import family
 from dissect_optax.dissection._errors import UserError, first_line, unknown_name
-from dissect_optax.dissection._programs import program_digest
+from dissect_optax.dissection._programs import program_digest, uses_first_argument
 
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
 
@@ -190,8 +190,22 @@ def method_from(name: str, optimizer: Any) -> Method:
             "The name of a method must consist of letters, digits, '_', '-' and '.',"
             f" got {name!r}."
         )
+    if name in METHODS and optimizer != name:
+        raise UserError(
+            f"`extra[{name!r}]` must have another name: '{name}' is the method"
+            f" {METHODS[name].label} of this library."
+        )
     if isinstance(optimizer, str):
-        return dataclasses.replace(get_method(optimizer), name=name, label=name)
+        # Two methods may be given the same name in one directory.
+        return dataclasses.replace(
+            get_method(optimizer), name=name, label=name, identity=optimizer
+        )
+    if isinstance(optimizer, optax.GradientTransformation):
+        raise UserError(
+            f"`extra[{name!r}]` must be a function from a learning rate to an"
+            " optimizer, got an optimizer, whose learning rate is fixed. Pass `lambda"
+            " learning_rate: optax.adamw(learning_rate)`, for example."
+        )
     if not callable(optimizer):
         raise UserError(
             f"`extra[{name!r}]` must be a function from a learning rate to an"
@@ -204,15 +218,28 @@ def method_from(name: str, optimizer: Any) -> Method:
         except Exception as error:
             errors.append(error)
         else:
-            return Method(name, name, optimizer, 0.1, needs_variance, identity)
-    raise UserError(
-        f"`extra[{name!r}]` must be a function from a learning rate to an optimizer"
-        f" that needs gradients and parameters alone: {first_line(errors[0])}"
-    )
+            break
+    else:
+        raise UserError(
+            f"`extra[{name!r}]` must be a function from a learning rate to an optimizer"
+            f" that needs gradients and parameters alone: {first_line(errors[0])}"
+        )
+    if not uses_first_argument(*_step(optimizer, needs_variance=needs_variance)):
+        raise UserError(
+            f"The optimizer of `extra[{name!r}]` ignores its learning rate, so it has"
+            " no step size to tune. Pass `lambda learning_rate:"
+            " optax.adamw(learning_rate)`, for example."
+        )
+    return Method(name, name, optimizer, 0.1, needs_variance, identity)
 
 
 def _program_of(factory: OptimizerFactory, *, needs_variance: bool) -> str:
-    """Digest of one update by the optimizer as a function of its learning rate."""
+    """Digest of one update by the optimizer."""
+    return program_digest(*_step(factory, needs_variance=needs_variance))
+
+
+def _step(factory: OptimizerFactory, *, needs_variance: bool) -> tuple[Any, float, Any]:
+    """One update as a function of learning rate and parameters, and values of both."""
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     extra_args = {"grad_variance": params} if needs_variance else {}
 
@@ -221,4 +248,4 @@ def _program_of(factory: OptimizerFactory, *, needs_variance: bool) -> str:
         state = optimizer.init(params)
         return optimizer.update(params, state, params, **extra_args)
 
-    return program_digest(step, 0.1, params)
+    return step, 0.1, params

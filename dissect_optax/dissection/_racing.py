@@ -8,12 +8,12 @@ were tried, at the next one beyond it.
 import dataclasses
 from collections.abc import Sequence
 
-from dissect_optax.dissection._errors import UserError
 from dissect_optax.dissection._methods import Method
 from dissect_optax.dissection._problem import Settings
 from dissect_optax.dissection._records import Record
 from dissect_optax.dissection._running import Job, complete
 from dissect_optax.dissection._tuning import (
+    NoStableStepSize,
     Protocol,
     Trial,
     Tuned,
@@ -24,8 +24,8 @@ from dissect_optax.dissection._tuning import (
     tune,
 )
 
-# Fraction of the steps that a race has.
-RACE_FRACTION = 0.1
+# Fraction of the steps that a race has, and how many at least.
+RACE_FRACTION, _FEWEST_STEPS = 0.1, 10
 # Full runs are trained at so many neighbouring step sizes at first.
 _FINALISTS = 3
 
@@ -33,13 +33,24 @@ _FINALISTS = 3
 def race_settings(settings: Settings) -> Settings:
     """Settings with about a tenth of the steps and as many evaluations.
 
+    A race has ten steps at least, or half of the steps if these are fewer. It is never
+    longer for being evaluated in every step.
+
     Examples:
       >>> race_settings(Settings(steps=1000, batch_size=8, evaluation_interval=50))
       Settings(steps=100, batch_size=8, evaluation_interval=5, ...)
+      >>> race_settings(Settings(steps=1000, batch_size=8, evaluation_interval=1))
+      Settings(steps=100, batch_size=8, evaluation_interval=1, ...)
+      >>> race_settings(Settings(steps=20, batch_size=8, evaluation_interval=1))
+      Settings(steps=10, batch_size=8, evaluation_interval=1, ...)
     """
+    fewest = min(_FEWEST_STEPS, -(-settings.steps // 2))
+    steps = max(RACE_FRACTION * settings.steps, fewest)
     interval = max(1, round(RACE_FRACTION * settings.evaluation_interval))
-    steps = settings.steps // settings.evaluation_interval * interval
-    return dataclasses.replace(settings, steps=steps, evaluation_interval=interval)
+    evaluations = max(1, round(steps / interval))
+    return dataclasses.replace(
+        settings, steps=evaluations * interval, evaluation_interval=interval
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +111,8 @@ def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
       The step size, and the runs that it was chosen from.
 
     Raises:
-      UserError: No step size is stable in the race, or every one is.
+      NoStableStepSize: No step size is stable in the race, or in full runs.
+      UserError: Every step size is stable in the race.
     """
     raced = race(job, protocol, method)
     full_job = dataclasses.replace(job, settings=protocol.settings, diagnosis=None)
@@ -115,7 +127,7 @@ def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
         wanted = _next_points(trials, top)
     winner = _winner(trials)
     if winner is None:
-        raise UserError(
+        raise NoStableStepSize(
             f"{method.label} cannot be tuned. Step sizes that were stable in the race"
             " are not in full runs."
         )

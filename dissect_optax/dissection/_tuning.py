@@ -74,6 +74,10 @@ def point_on_grid(size: float) -> int | None:
     return int(decade) * _POINTS_PER_DECADE + _DIGITS.index(int(digit))
 
 
+class NoStableStepSize(UserError):
+    """A method is not stable at any step size of the grid."""
+
+
 # ---- The protocol -----------------------------------------------------------------
 
 
@@ -175,7 +179,8 @@ def missing_points(trials: Mapping[int, Trial], first_guess: int) -> list[int]:
       Points to run, in ascending order; none when tuning is complete.
 
     Raises:
-      UserError: Everything, or nothing, is stable as far as the grid goes.
+      NoStableStepSize: Nothing is stable as far as the grid goes.
+      UserError: Everything is.
 
     Examples:
       >>> missing_points({}, first_guess=2)
@@ -196,7 +201,7 @@ def missing_points(trials: Mapping[int, Trial], first_guess: int) -> list[int]:
     if not stable:
         lowest = min(trials)
         if lowest <= _SMALLEST:
-            raise UserError(
+            raise NoStableStepSize(
                 "No step size is stable: at every one down to"
                 f" {step_size(lowest):g} the loss diverged or did not go down. Is the"
                 " gradient right, and are the data what they should be?"
@@ -276,7 +281,7 @@ def steps_taken(record: Record) -> int:
 # ---- On records and runs ----------------------------------------------------------
 
 
-def _tuning_records(
+def tuning_records(
     job: Job, protocol: Protocol, method: Method
 ) -> dict[int, list[Record]]:
     """The finished tuning runs by grid point, where all seeds are finished."""
@@ -309,7 +314,8 @@ def _search(
         try:
             points = missing_points(trials, first_guess)
         except UserError as error:
-            raise UserError(f"{method.label} cannot be tuned. {error}") from error
+            # Of the same class: not to be stable is not the end of a dissection.
+            raise type(error)(f"{method.label} cannot be tuned. {error}") from error
         found = {point: records[point] for point in trials}
         if missing := [point for point in points if point not in records]:
             return found, missing
@@ -320,7 +326,7 @@ def _search(
 
 def find_tuned(job: Job, protocol: Protocol, method: Method) -> Tuned | None:
     """The outcome of tuning from records alone; None where runs are missing."""
-    records, missing = _search(protocol, method, _tuning_records(job, protocol, method))
+    records, missing = _search(protocol, method, tuning_records(job, protocol, method))
     return None if missing else select(protocol, records)
 
 
@@ -337,7 +343,7 @@ def tune(job: Job, protocol: Protocol, method: Method) -> Tuned:
     """
     tuning_job = dataclasses.replace(job, settings=protocol.settings, diagnosis=None)
     while True:
-        finished = _tuning_records(job, protocol, method)
+        finished = tuning_records(job, protocol, method)
         records, missing = _search(protocol, method, finished)
         if not missing:
             return select(protocol, records)

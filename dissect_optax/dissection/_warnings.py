@@ -195,11 +195,35 @@ class LossClipped(DissectionWarning):
     @property
     def sentence(self) -> str:
         """The warning in plain language."""
+        advice = ""
+        if self.lowest <= 0:
+            advice = (
+                " A loss that falls below zero has no logarithm: add a constant that"
+                " bounds it from below."
+            )
         return (
             f"Training losses of {self.clipped} of {self.runs} replicates of"
             f" {self.method} at batch size {self.batch_size} were clipped to [1e-6, 10]"
             f" times the first loss; they lie between {self.lowest:.3g} and"
-            f" {self.highest:.3g} times it."
+            f" {self.highest:.3g} times it.{advice}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossLooksBatched(DissectionWarning):
+    """The loss of one example seems to be a mean over a batch."""
+
+    one: float
+    batch_of_one: float
+
+    @property
+    def sentence(self) -> str:
+        """The warning in plain language."""
+        return (
+            f"`loss` is {self.one:.6g} for an example and {self.batch_of_one:.6g} for a"
+            " batch of it alone, and it averages over such batches. If it is written"
+            " for a batch, pass `batched=True`: without, it is called with one example"
+            " that has no batch axis."
         )
 
 
