@@ -302,13 +302,12 @@ def _directions(
     rest = totals.count[own] - 1
     own_mean = _without([x[own] for x in totals.mean], gradient, totals.count[own])
     own_sign = _without([x[own] for x in totals.mean_sign], sign, totals.count[own])
-    own_factor = _factors(own_mean, [x[own] for x in totals.variance], rest)
-    factor = _factors(
+    own_factor, own_root = _factors(own_mean, [x[own] for x in totals.variance], rest)
+    factor, root = _factors(
         [x[other] for x in totals.mean],
         [x[other] for x in totals.variance],
         totals.count[other],
     )
-    own_root, root = ([_root(x) for x in y] for y in (own_factor, factor))
 
     # The direction, the mean gradient and the mean direction to compare with, and the
     # direction once more, with a factor of other mini-batches: the product of the two
@@ -337,26 +336,35 @@ def _without(means: Leaves, part: Leaves, count: jax.Array) -> Leaves:
     return [leave_out(mean, x) for mean, x in zip(means, part, strict=True)]
 
 
-def _factors(means: Leaves, variances: Leaves, count: jax.Array) -> Leaves:
-    """Estimates of γ = p²/(p²+s), Eq. (14), from means over `count` mini-batches.
+def _factors(
+    means: Leaves, variances: Leaves, count: jax.Array
+) -> tuple[Leaves, Leaves]:
+    """Estimates of γ = 1/(1+η²), Eq. (14), and of its root, Adam's factor (6).
 
-    With m² - s/n for p², which is unbiased and may be negative; so may the factor then,
-    slightly, and sums of products with it stay unbiased.
+    From means over `count` mini-batches, with x = m² - s/n for p², which is unbiased.
+    Both factors are concave in x, so that their expectations are too small: a root by
+    10 % at η² = 4, n = 32. To second order the estimate f(x) has the bias f''/2 var x,
+    which is -γ(1-γ) v and -(1-γ)(1+3γ)/8 v in units of f, with the relative variance
+    v = (4η² + 2η⁴/n)/n of x. That is taken out, up to v = 1, where x is hardly known.
     """
 
-    def factor(mean: jax.Array, variance: jax.Array) -> jax.Array:
+    def factors(mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, jax.Array]:
         n = jnp.maximum(count, 1).astype(mean.dtype)
         signal = jnp.square(mean) - variance / n
         total = signal + variance
         known = total > 0
-        return jnp.where(known, signal / jnp.where(known, total, 1), 0)
+        gamma = jnp.where(known, signal / jnp.where(known, total, 1), 0)
+        # A negative one is left as it is: sums of products with it stay unbiased.
+        positive = gamma > 0
+        safe = jnp.where(positive, gamma, 1)
+        eta2 = (1 - safe) / safe
+        v = jnp.minimum((4 * eta2 + 2 * jnp.square(eta2) / n) / n, 1)
+        mended = gamma * (1 + safe * (1 - safe) * v)
+        root = jnp.sqrt(safe) * (1 + (1 - safe) * (1 + 3 * safe) / 8 * v)
+        return mended, jnp.where(positive, root, 0)
 
-    return [factor(m, s) for m, s in zip(means, variances, strict=True)]
-
-
-def _root(factor: jax.Array) -> jax.Array:
-    """Adam's factor (1+η²)^(-1/2), Eq. (6), from 1/(1+η²)."""
-    return jnp.sqrt(jnp.maximum(factor, 0))
+    pairs = [factors(m, s) for m, s in zip(means, variances, strict=True)]
+    return [gamma for gamma, _ in pairs], [root for _, root in pairs]
 
 
 def _agreement(first: jax.Array, second: jax.Array) -> jax.Array:
