@@ -241,18 +241,16 @@ def test_no_gradient_at_all() -> None:
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 5])
-@pytest.mark.parametrize("level", ["cheap", "normal"])
-def test_few_mini_batches_bound_nothing(batches: int, level: Any) -> None:
+def test_few_mini_batches_bound_nothing(batches: int) -> None:
     data = quadratic_data(0, 8 * batches)
-    d = measure(quadratic_loss, THETA, data, batch_size=8, level=level)
+    d = measure(quadratic_loss, THETA, data, batch_size=8, level="normal")
     assert d.batches == batches
     assert "FewBatches" in [w.name for w in d.warnings]
     assert d.noise_scale.value > 0
     if batches < 3:
         assert d.noise_scale[1:] == (0.0, math.inf)
         assert d.sign_success[1:] == (0.0, 1.0)
-        if d.improvement:
-            assert all(i[1:] == (0.0, math.inf) for i in d.improvement.values())
+        assert all(i[1:] == (0.0, math.inf) for i in d.improvement.values())
     print(d)
 
 
@@ -370,11 +368,12 @@ def numbers_of(d: Diagnostics) -> list[float]:
 
 def test_micro_batches_change_nothing() -> None:
     loss, params, data = network()
-    run = functools.partial(measure, loss, params, data, batch_size=10, level="normal")
+    run = functools.partial(
+        measure, loss, params, data, batch_size=10, level="normal", max_batches=12
+    )
     expected = numbers_of(run())
-    for size in (1, 3, 5, 20):
-        actual = numbers_of(run(microbatch_size=size))
-        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=1e-5)
+    actual = numbers_of(run(microbatch_size=3))
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=1e-5)
     gauss_newton = (outputs, loss_of_outputs)
     expected = numbers_of(run(gauss_newton=gauss_newton))
     actual = numbers_of(run(gauss_newton=gauss_newton, microbatch_size=4))
@@ -383,7 +382,9 @@ def test_micro_batches_change_nothing() -> None:
 
 def test_loss_of_a_batch_regularizer_aux_and_frozen_parameters() -> None:
     loss, params, data = network()
-    run = functools.partial(measure, data=data, batch_size=10, level="normal")
+    run = functools.partial(
+        measure, data=data, batch_size=10, level="normal", max_batches=12
+    )
     expected = numbers_of(run(loss, params))
 
     def mean_loss(params: Any, batch: Any) -> jax.Array:
@@ -392,16 +393,17 @@ def test_loss_of_a_batch_regularizer_aux_and_frozen_parameters() -> None:
     np.testing.assert_allclose(
         numbers_of(run(mean_loss, params, batched=True)), expected, rtol=1e-3, atol=1e-5
     )
-    with_aux = run(lambda p, e: (loss(p, e), e), params, has_aux=True)
-    np.testing.assert_allclose(numbers_of(with_aux), expected, rtol=1e-3, atol=1e-5)
+    with_aux = run(lambda p, e: (loss(p, e), e), params, has_aux=True, level="cheap")
+    np.testing.assert_allclose(numbers_of(with_aux), expected[:7], rtol=1e-3, atol=1e-5)
 
     frozen = {**params, "count": jnp.arange(3), "function": jnp.tanh}
     part = run(
         loss,
         frozen,
         trainable={"in": True, "out": True, "count": False, "function": False},
+        level="cheap",
     )
-    np.testing.assert_allclose(numbers_of(part), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(numbers_of(part), expected[:7], rtol=1e-3, atol=1e-5)
 
     def penalty(params: Any) -> jax.Array:
         return 0.1 * sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
