@@ -492,13 +492,15 @@ def _run(
         if number == 0:
             _check_finite(point, first, totals.variance)
         progress.advance()
-    elements = passes.elements(totals)
+    overall = passes.overall(totals)
+    elements = passes.elements(overall)
     seconds: list[Second] = []
     current = batch(0)
     for number in range(count):
         following = batch(number + 1) if improvements else None
         before, second = passes.second(
             totals,
+            overall,
             before,
             point.leaves,
             point.frozen,

@@ -48,6 +48,14 @@ class Totals(NamedTuple):
     variance: Leaves
 
 
+class Overall(NamedTuple):
+    """Number, mean gradient and variance of all mini-batches."""
+
+    count: jax.Array  # type: ignore[assignment]
+    mean: Leaves
+    variance: Leaves
+
+
 class First(NamedTuple):
     """Numbers of one mini-batch from the first pass: the loss, and tr ŝ by leaf."""
 
@@ -106,6 +114,7 @@ class Passes:
     """The compiled steps for one loss."""
 
     first: Callable[..., tuple[Totals, First]]
+    overall: Callable[[Totals], Overall]
     elements: Callable[..., Elements]
     second: Callable[..., tuple[Leaves, Second]]
     product: Callable[..., Leaves]
@@ -121,8 +130,9 @@ def build_passes(loss: Loss, improvements: bool) -> Passes:
     """The steps for a loss that cannot be hashed."""
     return Passes(
         jax.jit(functools.partial(_first, loss, improvements), donate_argnums=0),
+        jax.jit(_overall),
         jax.jit(_elements),
-        jax.jit(functools.partial(_second, loss, improvements), donate_argnums=1),
+        jax.jit(functools.partial(_second, loss, improvements), donate_argnums=2),
         jax.jit(
             lambda leaves, frozen, batch, z: loss.curvature_times(
                 leaves, batch, frozen, [z]
@@ -159,7 +169,7 @@ def _first(
     number: jax.Array,
 ) -> tuple[Totals, First]:
     """Add one more mini-batch to the totals."""
-    value, gradient, variance = loss.gradient(leaves, batch, frozen)
+    value, gradient, variance = loss.gradient_and_variance(leaves, batch, frozen)
     group = number % 2 if improvements else 0
     count = totals.count[group] + 1
 
@@ -177,7 +187,7 @@ def _first(
     return totals, First(value, jnp.stack([jnp.sum(s) for s in variance]))
 
 
-def _overall(totals: Totals) -> tuple[jax.Array, Leaves, Leaves]:
+def _overall(totals: Totals) -> Overall:
     """Number, mean gradient and variance of all mini-batches."""
     count = jnp.sum(totals.count)
     share = totals.count / count
@@ -185,12 +195,15 @@ def _overall(totals: Totals) -> tuple[jax.Array, Leaves, Leaves]:
     def merged(groups: jax.Array) -> jax.Array:
         return jnp.tensordot(share.astype(groups.dtype), groups, axes=1)
 
-    return count, list(map(merged, totals.mean)), list(map(merged, totals.variance))
+    means, variances = (
+        [merged(x) for x in leaves] for leaves in (totals.mean, totals.variance)
+    )
+    return Overall(count, means, variances)
 
 
-def _elements(totals: Totals) -> Elements:
+def _elements(overall: Overall) -> Elements:
     """Summary of all elements by leaf."""
-    count, means, variances = _overall(totals)
+    count, means, variances = overall
     rows = []
     above = jnp.zeros((2, len(_BIN_RATIOS)))
     for mean, variance in zip(means, variances, strict=True):
@@ -239,6 +252,7 @@ def _second(
     loss: Loss,
     improvements: bool,
     totals: Totals,
+    overall: Overall,
     before: Leaves,
     leaves: Leaves,
     frozen: list[Any],
@@ -247,8 +261,8 @@ def _second(
     number: jax.Array,
 ) -> tuple[Leaves, Second]:
     """Compare one mini-batch with the others; returns its gradient as well."""
-    _, gradient, _ = loss.gradient(leaves, batch, frozen)
-    count, means, variances = _overall(totals)
+    gradient = loss.gradient(leaves, batch, frozen)
+    count, means, variances = overall
     others = _without(means, gradient, count)
 
     agree_with_all, agree_with_others = [], []
@@ -295,7 +309,7 @@ def _directions(
     own, other = number % 2, 1 - number % 2
     assert totals.mean_sign is not None
     sign = [jnp.sign(g) for g in gradient]
-    all_signs = _overall(totals._replace(mean=totals.mean_sign))[1]
+    all_signs = _overall(totals._replace(mean=totals.mean_sign)).mean
     other_signs = _without(all_signs, sign, jnp.sum(totals.count))
 
     # Of this half, without this mini-batch.

@@ -106,7 +106,16 @@ class Loss:
 
     # ---- Derivatives ----------------------------------------------------------------
 
-    def gradient(
+    def gradient(self, leaves: Leaves, batch: Any, frozen: list[Any]) -> Leaves:
+        """Gradient of a mini-batch alone, at the price of a training step."""
+        if self.microbatch_size is not None:
+            return self.gradient_and_variance(leaves, batch, frozen)[1]
+        gradient = jax.grad(
+            lambda x: self.mean_over(x, batch, frozen) + self.penalty(x, frozen)
+        )(leaves)
+        return [g.astype(_wide(g)) for g in gradient]
+
+    def gradient_and_variance(
         self, leaves: Leaves, batch: Any, frozen: list[Any]
     ) -> tuple[jax.Array, Leaves, Leaves]:
         """Loss, gradient and its variance (44) of a mini-batch."""
