@@ -318,7 +318,7 @@ def coverage_table(rows: list[dict[str, Any]]) -> str:
 
 def cost(networks: list[str], batch_size: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Seconds of each level beside those of training steps."""
-    batches = 8
+    batches = 16
     for name in networks:
         made = NETWORKS[name](batch_size * batches)
 

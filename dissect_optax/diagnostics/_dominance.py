@@ -5,6 +5,7 @@ products with Cauchy vectors. Columns are exact where the matrix is small and fe
 them suffice where its rows are alike; Cauchy products do not miss a large column.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -130,14 +131,12 @@ def _sampled_columns(
 ) -> _Columns:
     """Columns of the curvature matrix, without replacement within a parameter."""
     places, diagonal, sums = [], [], []
-    unit = jax.jit(_unit_vector, static_argnums=0)
-    reduce = jax.jit(_column_sums)
     for leaf, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         chosen = random.choice(size, count, replace=False, shuffle=False)
         for index in chosen:
-            direction = unit(tuple(point.shapes), leaf, int(index))
+            direction = _unit_vector(tuple(point.shapes), leaf, index)
             column = passes.product(point.leaves, point.frozen, examples, direction)
-            own, by_leaf = reduce(direction, column)
+            own, by_leaf = _column_sums(direction, column)
             places.append(leaf)
             diagonal.append(float(own))
             sums.append(np.asarray(by_leaf, float))
@@ -145,6 +144,7 @@ def _sampled_columns(
     return _Columns(np.asarray(places), np.asarray(diagonal), np.asarray(sums))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _unit_vector(
     shapes: tuple[tuple[int, ...], ...], leaf: jax.Array, index: jax.Array
 ) -> list[jax.Array]:
@@ -157,6 +157,7 @@ def _unit_vector(
     ]
 
 
+@jax.jit
 def _column_sums(
     unit: list[jax.Array], column: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
@@ -217,34 +218,37 @@ def _cauchy_sums(
     logarithms only (Li, Hastie & Church 2007).
     """
     m = _PRODUCTS_PER_ESTIMATE
-    draw = jax.jit(_cauchy_vector, static_argnums=0)
-    add = jax.jit(
-        lambda sums, hv: [
-            s + jnp.log(jnp.abs(x)) for s, x in zip(sums, hv, strict=True)
-        ]
-    )
-    finish = jax.jit(
-        lambda sums: (
-            sum(jnp.sum(jnp.exp(s / m)) for s in sums)
-            * jnp.float32(math.cos(math.pi / (2 * m)) ** m)
-        )
-    )
     estimates = []
     for group_key in jax.random.split(key, cauchy_estimates(products)):
         logarithms = [jnp.zeros(shape) for shape in point.shapes]
         for product_key in jax.random.split(group_key, m):
-            v = draw(tuple(point.shapes), product_key)
+            v = _cauchy_vector(tuple(point.shapes), product_key)
             hv = passes.product(point.leaves, point.frozen, examples, v)
-            logarithms = add(logarithms, hv)
+            logarithms = _add_logarithms(logarithms, hv)
             jax.block_until_ready(logarithms)
             progress.advance()
-        estimates.append(float(finish(logarithms)))
+        estimates.append(float(_geometric_means(logarithms)))
     return np.asarray(estimates)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _cauchy_vector(
     shapes: tuple[tuple[int, ...], ...], key: jax.Array
 ) -> list[jax.Array]:
     """Standard Cauchy variables."""
     keys = jax.random.split(key, len(shapes))
     return [jax.random.cauchy(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+@jax.jit
+def _add_logarithms(sums: list[jax.Array], product: list[jax.Array]) -> list[jax.Array]:
+    """Sums of the logarithms of magnitudes."""
+    return [s + jnp.log(jnp.abs(x)) for s, x in zip(sums, product, strict=True)]
+
+
+@jax.jit
+def _geometric_means(logarithms: list[jax.Array]) -> jax.Array:
+    """Unbiased scales of all elements, summed up."""
+    m = _PRODUCTS_PER_ESTIMATE
+    scales = [jnp.sum(jnp.exp(s / m)) for s in logarithms]
+    return jnp.sum(jnp.stack(scales)) * math.cos(math.pi / (2 * m)) ** m

@@ -74,6 +74,16 @@ class SignBin(NamedTuple):
     counted: float
 
 
+class _NotMeasured(dict[str, Interval]):
+    """No improvements; says so to those who look one up."""
+
+    def __missing__(self, name: str) -> Interval:
+        raise KeyError(
+            f'there is no improvement {name!r} at level "cheap"; measure at level '
+            '"normal" or "full"'
+        )
+
+
 class Warned(NamedTuple):
     """A named warning.
 
@@ -105,7 +115,7 @@ class LayerDiagnostics:
       noise_dominated: Share of elements with γ < 1/2.
       unresolved: Share of elements whose mean gradient is within two standard errors.
       improvement: Its contribution to each improvement of the whole step, in the unit
-        of the loss; they add up. None at level "cheap".
+        of the loss; they add up. Empty at level "cheap".
       dominance: c of Eq. (13) for its diagonal block. None below level "full".
     """
 
@@ -121,7 +131,7 @@ class LayerDiagnostics:
     sign_factor_quantiles: dict[float, float]
     noise_dominated: float
     unresolved: float
-    improvement: dict[str, Interval] | None
+    improvement: dict[str, Interval]
     dominance: Interval | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +169,7 @@ class Diagnostics:
         their signs are not known from these mini-batches.
       improvement: I(z) of Eq. (11), the expected decrease of the loss by the next step
         along z with the best step size, in the unit of the loss, for z = "gradient",
-        "sign", "adapted_gradient" and "adapted_sign". None at level "cheap".
+        "sign", "adapted_gradient" and "adapted_sign". Empty at level "cheap".
       dominance: c of Eq. (13), without unit. None below level "full".
       dominance_by_cauchy: The second opinion on it.
       layers: The same for every parameter, by its path.
@@ -180,7 +190,7 @@ class Diagnostics:
     calibration: tuple[SignBin, ...]
     noise_dominated: float
     unresolved: float
-    improvement: dict[str, Interval] | None
+    improvement: dict[str, Interval]
     dominance: Interval | None
     dominance_by_cauchy: Interval | None
     layers: dict[str, LayerDiagnostics]
@@ -482,13 +492,15 @@ def _run(
         if number == 0:
             _check_finite(point, first, totals.variance)
         progress.advance()
-    elements = passes.elements(totals)
+    overall = passes.overall(totals)
+    elements = passes.elements(overall)
     seconds: list[Second] = []
     current = batch(0)
     for number in range(count):
         following = batch(number + 1) if improvements else None
         before, second = passes.second(
             totals,
+            overall,
             before,
             point.leaves,
             point.frozen,
@@ -559,7 +571,8 @@ def _diagnostics(
     """Everything that is reported."""
     first, second, elements, groups = numbers
     count, leaves = first.noise.shape
-    improvement, by_layer = None, None
+    improvement: dict[str, Interval] = _NotMeasured()
+    by_layer: dict[str, list[Interval]] = {}
     if improvements:
         improvement, by_layer = _improvements(second, groups)
     layers = {}
@@ -583,9 +596,9 @@ def _diagnostics(
             sign_factor_quantiles={q: math.sqrt(f) for q, f in factor.items()},
             noise_dominated=float(elements.below_half[i]) if active else math.nan,
             unresolved=float(elements.unresolved[i]) if active else math.nan,
-            improvement=None
-            if by_layer is None
-            else {z: by_layer[z][i] for z in DIRECTIONS},
+            improvement={z: by_layer[z][i] for z in DIRECTIONS}
+            if by_layer
+            else _NotMeasured(),
             dominance=None if dominance is None else dominance.layers[i],
         )
     everything = list(range(leaves))
@@ -802,7 +815,7 @@ def _warnings(
     count: int,
     noise_scale: Interval,
     unresolved: float,
-    improvement: dict[str, Interval] | None,
+    improvement: dict[str, Interval],
     second: Second,
     dominance: Dominance | None,
 ) -> list[Warned]:
@@ -833,8 +846,7 @@ def _warnings(
                 "interval of the sign success allows for it.",
             )
         )
-    if improvement is not None:
-        assert second.curvature is not None
+    if improvement:
         curvature = second.curvature.sum(axis=2).mean(axis=0)
         flat = [z for z, h in zip(DIRECTIONS, curvature, strict=True) if not h > 0]
         if flat:

@@ -48,6 +48,14 @@ class Totals(NamedTuple):
     variance: Leaves
 
 
+class Overall(NamedTuple):
+    """Number, mean gradient and variance of all mini-batches."""
+
+    count: jax.Array  # type: ignore[assignment]
+    mean: Leaves
+    variance: Leaves
+
+
 class First(NamedTuple):
     """Numbers of one mini-batch from the first pass: the loss, and tr ŝ by leaf."""
 
@@ -106,6 +114,7 @@ class Passes:
     """The compiled steps for one loss."""
 
     first: Callable[..., tuple[Totals, First]]
+    overall: Callable[[Totals], Overall]
     elements: Callable[..., Elements]
     second: Callable[..., tuple[Leaves, Second]]
     product: Callable[..., Leaves]
@@ -121,8 +130,9 @@ def build_passes(loss: Loss, improvements: bool) -> Passes:
     """The steps for a loss that cannot be hashed."""
     return Passes(
         jax.jit(functools.partial(_first, loss, improvements), donate_argnums=0),
+        jax.jit(_overall),
         jax.jit(_elements),
-        jax.jit(functools.partial(_second, loss, improvements), donate_argnums=1),
+        jax.jit(functools.partial(_second, loss, improvements), donate_argnums=2),
         jax.jit(
             lambda leaves, frozen, batch, z: loss.curvature_times(
                 leaves, batch, frozen, [z]
@@ -159,7 +169,7 @@ def _first(
     number: jax.Array,
 ) -> tuple[Totals, First]:
     """Add one more mini-batch to the totals."""
-    value, gradient, variance = loss.gradient(leaves, batch, frozen)
+    value, gradient, variance = loss.gradient_and_variance(leaves, batch, frozen)
     group = number % 2 if improvements else 0
     count = totals.count[group] + 1
 
@@ -177,7 +187,7 @@ def _first(
     return totals, First(value, jnp.stack([jnp.sum(s) for s in variance]))
 
 
-def _overall(totals: Totals) -> tuple[jax.Array, Leaves, Leaves]:
+def _overall(totals: Totals) -> Overall:
     """Number, mean gradient and variance of all mini-batches."""
     count = jnp.sum(totals.count)
     share = totals.count / count
@@ -185,12 +195,15 @@ def _overall(totals: Totals) -> tuple[jax.Array, Leaves, Leaves]:
     def merged(groups: jax.Array) -> jax.Array:
         return jnp.tensordot(share.astype(groups.dtype), groups, axes=1)
 
-    return count, list(map(merged, totals.mean)), list(map(merged, totals.variance))
+    means, variances = (
+        [merged(x) for x in leaves] for leaves in (totals.mean, totals.variance)
+    )
+    return Overall(count, means, variances)
 
 
-def _elements(totals: Totals) -> Elements:
+def _elements(overall: Overall) -> Elements:
     """Summary of all elements by leaf."""
-    count, means, variances = _overall(totals)
+    count, means, variances = overall
     rows = []
     above = jnp.zeros((2, len(_BIN_RATIOS)))
     for mean, variance in zip(means, variances, strict=True):
@@ -239,6 +252,7 @@ def _second(
     loss: Loss,
     improvements: bool,
     totals: Totals,
+    overall: Overall,
     before: Leaves,
     leaves: Leaves,
     frozen: list[Any],
@@ -247,8 +261,8 @@ def _second(
     number: jax.Array,
 ) -> tuple[Leaves, Second]:
     """Compare one mini-batch with the others; returns its gradient as well."""
-    _, gradient, _ = loss.gradient(leaves, batch, frozen)
-    count, means, variances = _overall(totals)
+    gradient = loss.gradient(leaves, batch, frozen)
+    count, means, variances = overall
     others = _without(means, gradient, count)
 
     agree_with_all, agree_with_others = [], []
@@ -295,20 +309,19 @@ def _directions(
     own, other = number % 2, 1 - number % 2
     assert totals.mean_sign is not None
     sign = [jnp.sign(g) for g in gradient]
-    all_signs = _overall(totals._replace(mean=totals.mean_sign))[1]
+    all_signs = _overall(totals._replace(mean=totals.mean_sign)).mean
     other_signs = _without(all_signs, sign, jnp.sum(totals.count))
 
     # Of this half, without this mini-batch.
     rest = totals.count[own] - 1
     own_mean = _without([x[own] for x in totals.mean], gradient, totals.count[own])
     own_sign = _without([x[own] for x in totals.mean_sign], sign, totals.count[own])
-    own_factor = _factors(own_mean, [x[own] for x in totals.variance], rest)
-    factor = _factors(
+    own_factor, own_root = _factors(own_mean, [x[own] for x in totals.variance], rest)
+    factor, root = _factors(
         [x[other] for x in totals.mean],
         [x[other] for x in totals.variance],
         totals.count[other],
     )
-    own_root, root = ([_root(x) for x in y] for y in (own_factor, factor))
 
     # The direction, the mean gradient and the mean direction to compare with, and the
     # direction once more, with a factor of other mini-batches: the product of the two
@@ -337,26 +350,35 @@ def _without(means: Leaves, part: Leaves, count: jax.Array) -> Leaves:
     return [leave_out(mean, x) for mean, x in zip(means, part, strict=True)]
 
 
-def _factors(means: Leaves, variances: Leaves, count: jax.Array) -> Leaves:
-    """Estimates of γ = p²/(p²+s), Eq. (14), from means over `count` mini-batches.
+def _factors(
+    means: Leaves, variances: Leaves, count: jax.Array
+) -> tuple[Leaves, Leaves]:
+    """Estimates of γ = 1/(1+η²), Eq. (14), and of its root, Adam's factor (6).
 
-    With m² - s/n for p², which is unbiased and may be negative; so may the factor then,
-    slightly, and sums of products with it stay unbiased.
+    From means over `count` mini-batches, with x = m² - s/n for p², which is unbiased.
+    Both factors are concave in x, so that their expectations are too small: a root by
+    10 % at η² = 4, n = 32. To second order the estimate f(x) has the bias f''/2 var x,
+    which is -γ(1-γ) v and -(1-γ)(1+3γ)/8 v in units of f, with the relative variance
+    v = (4η² + 2η⁴/n)/n of x. That is taken out, up to v = 1, where x is hardly known.
     """
 
-    def factor(mean: jax.Array, variance: jax.Array) -> jax.Array:
+    def factors(mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, jax.Array]:
         n = jnp.maximum(count, 1).astype(mean.dtype)
         signal = jnp.square(mean) - variance / n
         total = signal + variance
         known = total > 0
-        return jnp.where(known, signal / jnp.where(known, total, 1), 0)
+        gamma = jnp.where(known, signal / jnp.where(known, total, 1), 0)
+        # A negative one is left as it is: sums of products with it stay unbiased.
+        positive = gamma > 0
+        safe = jnp.where(positive, gamma, 1)
+        eta2 = (1 - safe) / safe
+        v = jnp.minimum((4 * eta2 + 2 * jnp.square(eta2) / n) / n, 1)
+        mended = gamma * (1 + safe * (1 - safe) * v)
+        root = jnp.sqrt(safe) * (1 + (1 - safe) * (1 + 3 * safe) / 8 * v)
+        return mended, jnp.where(positive, root, 0)
 
-    return [factor(m, s) for m, s in zip(means, variances, strict=True)]
-
-
-def _root(factor: jax.Array) -> jax.Array:
-    """Adam's factor (1+η²)^(-1/2), Eq. (6), from 1/(1+η²)."""
-    return jnp.sqrt(jnp.maximum(factor, 0))
+    pairs = [factors(m, s) for m, s in zip(means, variances, strict=True)]
+    return [gamma for gamma, _ in pairs], [root for _, root in pairs]
 
 
 def _agreement(first: jax.Array, second: jax.Array) -> jax.Array:

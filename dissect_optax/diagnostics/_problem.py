@@ -68,6 +68,13 @@ class Loss:
         """The loss of one example; of a batch of one if the loss is one of batches."""
         return self._call(self.function, self.params(leaves, frozen), example)
 
+    def _of_batch_of_one(
+        self, leaves: Leaves, example: Any, frozen: list[Any]
+    ) -> jax.Array:
+        """The loss of one example without batch axis, by a loss of batches."""
+        batch = jax.tree.map(lambda leaf: leaf[None], example)
+        return self.of_example(leaves, batch, frozen)
+
     def _call(self, function: Callable[..., Any], params: PyTree, example: Any) -> Any:
         """A function of parameters, example and perhaps a key; its value only."""
         if not self.takes_key:
@@ -99,14 +106,25 @@ class Loss:
 
     # ---- Derivatives ----------------------------------------------------------------
 
-    def gradient(
+    def gradient(self, leaves: Leaves, batch: Any, frozen: list[Any]) -> Leaves:
+        """Gradient of a mini-batch alone, at the price of a training step."""
+        if self.microbatch_size is not None:
+            return self.gradient_and_variance(leaves, batch, frozen)[1]
+        gradient = jax.grad(
+            lambda x: self.mean_over(x, batch, frozen) + self.penalty(x, frozen)
+        )(leaves)
+        return [g.astype(_wide(g)) for g in gradient]
+
+    def gradient_and_variance(
         self, leaves: Leaves, batch: Any, frozen: list[Any]
     ) -> tuple[jax.Array, Leaves, Leaves]:
         """Loss, gradient and its variance (44) of a mini-batch."""
         has_penalty = self.regularizer is not None
+        # The key of a batch would look like something that its examples share.
+        alone = self.batched and self.takes_key
         value, grad, variance = value_grad_and_variance(
-            self.of_example,
-            batched=self.batched,
+            self._of_batch_of_one if alone else self.of_example,
+            batched=self.batched and not alone,
             regularizer=(lambda x: self.penalty(x, frozen)) if has_penalty else None,
             microbatch_size=self.microbatch_size,
         )(leaves, batch, frozen)
@@ -264,7 +282,7 @@ def make_point(
         real,
         arrays,
         _names(selection),
-        [leaf.shape for leaf in leaves],
+        [leaf.shape for leaf in real],
     )
 
 

@@ -65,9 +65,9 @@ class Progress:
                 return
             rich = importlib.import_module("rich.progress")
             console = importlib.import_module("rich.console")
-            self._bar = rich.Progress(
-                console=console.Console(stderr=True), transient=True
-            )
+            stderr = console.Console(stderr=True)
+            # In a file, what is removed at the end would never be seen.
+            self._bar = rich.Progress(console=stderr, transient=stderr.is_terminal)
             self._bar.start()
             self._task = self._bar.add_task("Measuring", total=self._total)
         self._bar.update(self._task, completed=self._done)

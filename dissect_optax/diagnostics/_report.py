@@ -55,7 +55,7 @@ def text(d: "Diagnostics") -> str:
         _row("Elements with more noise than signal", _percent(d.noise_dominated)),
         _row("Elements whose sign is not known", _percent(d.unresolved)),
     ]
-    if d.improvement is not None:
+    if d.improvement:
         lines += ["", "Decrease of the loss by the next step at its best step size"]
         lines += [
             _row("  " + name.replace("_", " "), interval(value))
@@ -71,7 +71,7 @@ def text(d: "Diagnostics") -> str:
     lines += ["", *_layers(d)]
     for warning in d.warnings:
         lines += ["", *_wrapped(f"{warning.name}: {warning.text}")]
-    if d.improvement is not None:
+    if d.improvement:
         lines += [
             "",
             *_wrapped(
@@ -85,7 +85,7 @@ def text(d: "Diagnostics") -> str:
 def _layers(d: "Diagnostics") -> list[str]:
     """A table with a line for every parameter."""
     columns = ["noise scale", "sign", "η² median", "γ<½"]
-    if d.improvement is not None:
+    if d.improvement:
         columns.append("I(sign)")
     if d.dominance is not None:
         columns.append("c")
@@ -97,7 +97,7 @@ def _layers(d: "Diagnostics") -> list[str]:
             number(layer.relative_variance_quantiles[0.5]),
             _percent(layer.noise_dominated),
         ]
-        if layer.improvement is not None:
+        if layer.improvement:
             cells.append(number(layer.improvement["sign"].value))
         if layer.dominance is not None:
             cells.append(number(layer.dominance.value))

@@ -20,8 +20,6 @@ from dissect_optax.diagnostics import WatchState, scalars, watch
 from tests.transformations import test_contract as contract
 from tests.transformations.subjects import Subject
 
-quick_compilation = contract.quick_compilation
-
 SUBJECTS = {
     "gradients": Subject(watch, {"decay": 0.75}),
     "a sample of gradients": Subject(watch, {"decay": 0.75}, {"sample": 1}),
