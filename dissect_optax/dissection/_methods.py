@@ -180,6 +180,7 @@ def method_from(name: str, optimizer: Any) -> Method:
       UserError: It is neither.
 
     Examples:
+      >>> import functools
       >>> method_from("fast", functools.partial(optax.adam, b2=0.9)).needs_variance
       False
       >>> method_from("mb", dissect_optax.m_svag_mb).needs_variance
