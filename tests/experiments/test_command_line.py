@@ -419,16 +419,16 @@ def test_methods_that_cannot_be_summed_up_are_left_out(smoke_runs, tmp_path, cap
     # Of another version of Optax, say.
     shutil.copytree(records / "adam", records / "optax.former")
     # One whose every step size is stable.
-    (harmless,) = records.glob("m_sgd/rate0.001_seed0_*")
+    (harmless,) = records.glob("m_sgd/rate*_seed1_*")
     content = read_checked(harmless)
     settings = Settings(**content["config"].pop("settings"))
-    # Whatever the smallest step size of M-SGD did.
-    for line, factor in zip(content["evaluations"], (1.0, 0.5, 0.25), strict=True):
-        line["training_data_loss"] *= factor
+    for line, loss in zip(content["evaluations"], (1.0, 0.5, 0.25), strict=True):
+        line["training_data_loss"] = loss
     for point in range(-12, 19):
         content["config"] |= {
             "optimizer": "optax.contrib.cocob",
             "learning_rate": step_size(point),
+            "seed": 0,
         }
         config = RunConfig(**content["config"], settings=settings)
         edited = content | {"config": dataclasses.asdict(config)}
