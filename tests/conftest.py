@@ -15,6 +15,16 @@ else:  # JAX before 0.8
     from jax.experimental import enable_x64
 
 
+# A process in the background inherits that Ctrl-C is ignored, and `nohup` that SIGHUP is.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def rank_promotion_raises() -> Iterator[None]:
     """A vector that meets a matrix is a mistake until it says otherwise."""

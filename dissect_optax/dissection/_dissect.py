@@ -322,6 +322,7 @@ def _dissect_method(
         tuning_seeds,
         stable_below=1.0,
         stable_loss="training_loss",
+        bounded_by_best=True,
     )
     try:
         if budget == "race":

@@ -113,6 +113,9 @@ class Protocol:
       stable_below: A step size is stable if the training loss stays finite and ends
         below this fraction of its first value.
       stable_loss: Which loss: without the regularizer, or with it (`training_loss`).
+      bounded_by_best: Whether the search upwards also ends two decades above the best
+        step size. A network that has died, and guesses, may have a loss below its
+        first one at any step size.
     """
 
     settings: Settings
@@ -120,6 +123,7 @@ class Protocol:
     seeds: tuple[int, ...] = (0,)
     stable_below: float = 0.9
     stable_loss: str = "training_data_loss"
+    bounded_by_best: bool = False
 
     def is_stable(self, record: Record) -> bool:
         """Whether the training loss stayed finite and went down."""
@@ -148,6 +152,15 @@ def trial(protocol: Protocol, records: Sequence[Record]) -> Trial:
     return Trial(True, tuple(means.tolist()))
 
 
+def _largest_wanted(trials: Mapping[int, Trial], *, bounded_by_best: bool) -> int:
+    """The largest stable point, or two decades above the best one if that is less."""
+    stable = sorted(point for point, found in trials.items() if found.stable)
+    if not bounded_by_best:
+        return stable[-1]
+    best = max(stable, key=lambda point: trials[point].merit)
+    return min(stable[-1], best + 2 * _POINTS_PER_DECADE)
+
+
 def _lowest_wanted(trials: Mapping[int, Trial], largest: int) -> int:
     """The smallest grid point that the search wants, given what is known."""
     lowest = largest - 2 * _POINTS_PER_DECADE
@@ -168,12 +181,15 @@ def _winner(trials: Mapping[int, Trial], lowest: int, largest: int) -> int:
     return max(stable, key=lambda point: trials[point].merit)
 
 
-def missing_points(trials: Mapping[int, Trial], first_guess: int) -> list[int]:
+def missing_points(
+    trials: Mapping[int, Trial], first_guess: int, *, bounded_by_best: bool = False
+) -> list[int]:
     """The grid points to run next.
 
     Args:
       trials: The points that were run.
       first_guess: The largest point of the first group.
+      bounded_by_best: See `Protocol`.
 
     Returns:
       Points to run, in ascending order; none when tuning is complete.
@@ -194,6 +210,12 @@ def missing_points(trials: Mapping[int, Trial], first_guess: int) -> list[int]:
       >>> trials = {point: Trial(point < 1, (-point,)) for point in range(-7, 3)}
       >>> missing_points(trials, 2)
       [-9, -8]
+
+      Where everything is stable, the best may end the search.
+
+      >>> trials = {point: Trial(True, (-abs(point + 5),)) for point in range(-11, 3)}
+      >>> missing_points(trials, 2, bounded_by_best=True)
+      []
     """
     if not trials:
         return list(range(first_guess - _FIRST_GROUP + 1, first_guess + 1))
@@ -207,7 +229,7 @@ def missing_points(trials: Mapping[int, Trial], first_guess: int) -> list[int]:
                 " gradient right, and are the data what they should be?"
             )
         return list(range(lowest - _FIRST_GROUP, lowest))
-    largest = max(stable)
+    largest = _largest_wanted(trials, bounded_by_best=bounded_by_best)
     if largest >= _LARGEST:
         raise UserError(
             f"Every step size up to {step_size(largest):g} is stable, so none is the"
@@ -253,7 +275,7 @@ def select(protocol: Protocol, records: Mapping[int, Sequence[Record]]) -> Tuned
       The winner, chosen among stable runs.
     """
     trials = {point: trial(protocol, runs) for point, runs in records.items()}
-    largest = max(point for point, found in trials.items() if found.stable)
+    largest = _largest_wanted(trials, bounded_by_best=protocol.bounded_by_best)
     lowest = _lowest_wanted(trials, largest)
     winner = _winner(trials, lowest, largest)
     candidates = [
@@ -312,7 +334,9 @@ def _search(
     trials: dict[int, Trial] = {}
     while True:
         try:
-            points = missing_points(trials, first_guess)
+            points = missing_points(
+                trials, first_guess, bounded_by_best=protocol.bounded_by_best
+            )
         except UserError as error:
             # Of the same class: not to be stable is not the end of a dissection.
             raise type(error)(f"{method.label} cannot be tuned. {error}") from error

@@ -2,10 +2,19 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="package")
+def quick_compilation() -> Iterator[None]:
+    """Runs are short here, and compiling them takes longer than they do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -339,3 +339,14 @@ def test_run_by_hand_does_not_lead_the_search(tuned_job, monkeypatch):
     assert tune(job, PROTOCOL, get_method("m_sgd")) == tuned
     result = find_result(job, PROTOCOL, get_method("m_sgd"))
     assert [run.config.seed for run in result.replications] == [1, 2]
+
+
+def test_best_step_size_ends_the_search_where_everything_is_stable():
+    trials: dict[int, Trial] = {}
+    while points := missing_points(trials, 0, bounded_by_best=True):
+        assert not trials.keys() & set(points)
+        trials |= {point: Trial(True, (-abs(point + 2.0),)) for point in points}
+    assert max(trials) < 10
+    assert {-8, -2, 4} <= trials.keys()
+    with pytest.raises(UserError, match="none is the largest"):
+        missing_points({p: Trial(True, (p,)) for p in range(-9, 19)}, 0)
