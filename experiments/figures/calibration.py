@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from experiments.figures.style import WIDTH, save, style
 
@@ -50,6 +51,8 @@ def _draw_forecast(
         line(0.0, color="#666666", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_yscale("symlog", linthresh=0.1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FormatStrFormatter("%+g"))
     axes.set_title(title)
     axes.set_xlabel("forecast")
 
@@ -65,11 +68,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
       The path.
     """
     with style():
-        figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _draw_forecast(left, rows, "race", "race over a tenth of the steps")
         _draw_forecast(right, rows, "one_step", "improvement of one step")
         left.set_ylabel("effect after training\n(log loss; negative is better)")
         handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=4)
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
         return save(figure, path)

@@ -13,7 +13,10 @@ import pytest
 def quick_compilation() -> Iterator[None]:
     """Runs are short here, and compiling them takes longer than they do."""
     jax.config.update("jax_disable_most_optimizations", True)
+    # Processes of their own must end with the same records.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
     jax.config.update("jax_disable_most_optimizations", False)
 
 
