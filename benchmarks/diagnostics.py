@@ -280,11 +280,11 @@ def coverage(settings: list[str], repetitions: int) -> Iterator[dict[str, Any]]:
             yield {
                 "setting": name,
                 "quantity": quantity,
-                "truth": truth,
+                "truth": float(truth),
                 "median": statistics.median(i.value for i in intervals),
-                "covered": sum(i.low <= truth <= i.high for i in intervals),
-                "truth_below": sum(truth < i.low for i in intervals),
-                "truth_above": sum(truth > i.high for i in intervals),
+                "covered": sum(bool(i.low <= truth <= i.high) for i in intervals),
+                "truth_below": sum(bool(truth < i.low) for i in intervals),
+                "truth_above": sum(bool(truth > i.high) for i in intervals),
                 "unbounded": len(intervals) - len(finite),
                 "half_width": statistics.median(
                     (i.high - i.low) / 2 / truth for i in finite

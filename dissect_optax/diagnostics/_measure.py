@@ -260,10 +260,7 @@ def measure(
         on the host, and a mini-batch at a time is moved.
       batch_size: B ≥ 2, at which variance, signs and improvements are measured.
       level: "cheap" (gradients only), "normal" (and improvements) or "full" (and
-        dominance). In units of one training step (value and gradient of a mini-batch)
-        "cheap" takes about 3 for each mini-batch, "normal" about 8, and "full" further
-        `curvature_examples`/B · 2 for each column or Cauchy product; benchmarks/README
-        has measurements.
+        dominance). What each costs in training steps is in docs/api.md.
       key: Random key of the order of the examples and of whatever else is random; None
         takes `jax.random.key(0)`.
       max_batches: At most so many mini-batches are measured; None takes all.
