@@ -15,7 +15,7 @@ else:  # JAX before 0.8
     from jax.experimental import enable_x64
 
 
-# A process in the background inherits that Ctrl-C is ignored, and `nohup` that SIGHUP is.
+# A background process inherits that Ctrl-C is ignored, with `nohup` also SIGHUP.
 for number, handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGTERM, signal.SIG_DFL),
