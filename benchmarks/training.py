@@ -178,7 +178,11 @@ def take_turns(
 
 def gradient_flops(problem: ImageProblem, method: Method, settings: Settings) -> float:
     """Floating-point operations in the gradient of one step of one run."""
-    training = random_dataset(CASES[problem.name]).training
+    image_shape = CASES[problem.name].image_shape
+    training = Examples(
+        jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
     lowered, _ = lower_gradient(problem, method, settings, training)
     return (lowered.cost_analysis() or {}).get("flops", math.nan)
 

@@ -162,9 +162,9 @@ def dissect(
       >>> init = lambda key: jax.random.normal(key, (4,))
       >>> result = do.dissect(
       ...     loss, init, (x, y), batch_size=8, steps=20, seeds=2,
-      ...     level=None, progress=False,
+      ...     methods=("m_sgd", "adam"), level=None, progress=False,
       ... )
-      >>> result.effects[8]["sign"].pairs
+      >>> result.comparisons[8]["adam − m_sgd"].effect.pairs
       2
 
     References:

@@ -299,14 +299,14 @@ def test_dominance_of_a_network_is_that_of_its_hessian() -> None:
         batch_size=20,
         level="full",
         curvature_examples=400,
-        cauchy_products=200,
+        cauchy_products=64,
     )
     magnitudes = np.abs(flat_hessian(params, data))
     expected = np.trace(magnitudes) / magnitudes.sum()
     assert d.dominance is not None
     assert d.dominance.value == pytest.approx(expected, rel=1e-4)
     assert d.dominance_by_cauchy is not None
-    assert d.dominance_by_cauchy.value == pytest.approx(expected, rel=0.35)
+    assert d.dominance_by_cauchy.value == pytest.approx(expected, rel=0.5)
 
 
 def test_improvement_of_a_network_by_its_exact_hessian() -> None:

@@ -202,8 +202,6 @@ def start_and_kill(root, pattern, steps, count=1):
         ("toy/m_svag/unfinished/*/group.json", (0, 10)),
         # While one is written.
         (f"{CHECKPOINTS}/30*tmp*", (20, 40)),
-        # While steps are taken, or the next one is written.
-        (f"{CHECKPOINTS}/100", (100, 120)),
     ],
 )
 def test_killed_run_goes_on_and_ends_with_the_same_record(
