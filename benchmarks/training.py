@@ -179,10 +179,7 @@ def take_turns(
 def gradient_flops(problem: ImageProblem, method: Method, settings: Settings) -> float:
     """Floating-point operations in the gradient of one step of one run."""
     image_shape = CASES[problem.name].image_shape
-    training = Examples(
-        jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+    training: Any = Examples(jnp.zeros((1, *image_shape), jnp.uint8), jnp.zeros(1, int))
     lowered, _ = lower_gradient(problem, method, settings, training)
     return (lowered.cost_analysis() or {}).get("flops", math.nan)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from scipy import stats
 
 from dissect_optax import explain_variance, value_grad_and_variance
-from experiments.problems import PROBLEMS, get_problem
+from experiments.problems import get_problem
 from tests.gradient_variance.oracle import relative_error, variance_of_mean
 
 PARAMETERS = {
@@ -63,7 +63,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters_and_shape_of_logits(name):
     problem = get_problem(name)
     network = nnx.eval_shape(lambda: problem.network(nnx.Rngs(0)))
