@@ -507,7 +507,8 @@ class Store:
             "numerics": numerics(),
         }
         if description is not None:
-            wanted["description"] = description
+            # As records keep it.
+            wanted["description"] = json_object("description", description)
         return [
             record
             for record in found
