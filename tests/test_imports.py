@@ -29,6 +29,10 @@ ALLOWED_IMPORTS = {
         "family",
         "gradient_variance",
         "theory",
+        # For type checkers, and when they are used.
+        "diagnostics",
+        "dissection",
+        "family",
     },
     "_optimizers": {"_adaptation", "_momentum", "_sign", "_sources"},
     "_adaptation": {"_estimate", "_formulas"},
@@ -126,8 +130,8 @@ def test_the_import_loads_neither_the_engine_nor_its_packages() -> None:
     loaded = set(done.stdout.split())
     assert "dissect_optax._optimizers" in loaded
     assert "dissect_optax.dissection" not in loaded
-    # JAX uses SciPy itself.
-    assert not loaded & (BROUGHT_BY_THE_EXTRA - {"scipy"})
+    # JAX uses these itself.
+    assert not loaded & (BROUGHT_BY_THE_EXTRA - {"filelock", "scipy"})
 
 
 @pytest.mark.parametrize("name", ["_optimizers.py", "family/_optimizers.py"])
@@ -168,8 +172,11 @@ def test_the_rest_uses_public_names_only(path: Path) -> None:
 
 # What a figure may take from the engine.
 NAMES_OF_RECORDS = {
-    f"dissect_optax.dissection.{name}"
-    for name in ("EqualWithNan", "Measurement", "Record", "RunConfig")
+    *(
+        f"dissect_optax.dissection.{name}"
+        for name in ("EqualWithNan", "Measurement", "Record", "RunConfig")
+    ),
+    "experiments.studies.study.StudyRecord",
 }
 
 

@@ -366,11 +366,17 @@ def tune(job: Job, protocol: Protocol, method: Method) -> Tuned:
       The step size that won, and the runs that it won against.
     """
     tuning_job = dataclasses.replace(job, settings=protocol.settings, diagnosis=None)
+    trained: list[int] = []
     while True:
         finished = tuning_records(job, protocol, method)
         records, missing = _search(protocol, method, finished)
         if not missing:
             return select(protocol, records)
+        if missing == trained:
+            raise RuntimeError(
+                f"The runs of {method.label} that were just trained are not found."
+            )
+        trained = missing
         run_points(tuning_job, protocol, method, missing)
 
 
