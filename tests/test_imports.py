@@ -30,9 +30,7 @@ ALLOWED_IMPORTS = {
         "gradient_variance",
         "theory",
         # For type checkers, and when they are used.
-        "diagnostics",
         "dissection",
-        "family",
     },
     "_optimizers": {"_adaptation", "_momentum", "_sign", "_sources"},
     "_adaptation": {"_estimate", "_formulas"},
