@@ -79,12 +79,16 @@ napoleon_custom_sections = ["Edge cases"]
 PUBLIC = {
     **{
         name: f"dissect_optax.dissection.{name}"
-        for name in ("Dissection", "Effect", "Problem", "Protocol")
+        for name in ("Dissection", "Effect", "Problem", "Protocol", "UserError")
     },
     **{name: f"dissect_optax.diagnostics.{name}" for name in diagnostics.__all__},
     **{name: f"dissect_optax.family.{name}" for name in family.__all__},
     **{name: f"dissect_optax.theory.{name}" for name in theory.__all__},
     **{name: f"dissect_optax.{name}" for name in dissect_optax.__all__},
+}
+DATA = {
+    "dissect_optax.family.MEMBERS": "Every member of the family by its name.",
+    "dissect_optax.family.NEIGHBOURS": "Optimizers outside of it, with the reason.",
 }
 CODE = re.compile(r"(:[\w:]+:`.*?`|``.*?``|`.*?`)")
 # |p| would be a substitution in reStructuredText, *parameter an emphasis.
@@ -95,6 +99,8 @@ def adapt_docstring(
     app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
     """Link public names to their entries, and escape mathematics in the prose."""
+    if what == "data":  # Sphinx takes the docstring of `dict`.
+        lines[:] = [DATA[name]]
     literal_indent: int | None = None
     in_doctest = False
     for number, line in enumerate(lines):

@@ -171,7 +171,9 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.0)
             axes[1, column].set_xlabel("step")
-            axes[1, column].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            axes[1, column].xaxis.set_major_locator(
+                MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+            )
             _note_diverged(axes[0, column], lines)
             found, labels = axes[0, column].get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
