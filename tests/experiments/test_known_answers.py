@@ -90,7 +90,7 @@ def test_gradient_descent_learns_a_class_in_proportion_to_its_share():
 
 
 def test_sign_descent_learns_all_classes_alike():
-    losses, _ = class_losses(do.ssd(0.01), 200)
+    losses, _ = class_losses(do.ssd(0.01), 400)
     assert losses.max() < 0.1 * np.log(imbalance.CLASSES)
     np.testing.assert_allclose(losses, losses[0], rtol=1e-3)
 
@@ -104,9 +104,9 @@ def rotation(quick_compilation):
     found = {}
     for rotated in (False, True):
         problem = dataclasses.replace(
-            rotated_digits(4, rotated=rotated),
+            rotated_digits(8, rotated=rotated),
             settings=Settings(
-                steps=60, batch_size=8, evaluation_interval=6, examples=500
+                steps=200, batch_size=8, evaluation_interval=20, examples=500
             ),
         )
         job = Job(problem, problem.settings, Store(None), SilentMonitor())
@@ -133,4 +133,4 @@ def test_rotated_coordinates_make_a_sign_method_worse(rotation):
         rotation["m_ssd", rotated][rotation["m_ssd", rotated].mean(1).argmin()]
         for rotated in (False, True)
     ]
-    assert np.all(best[1] - best[0] > 0.02)
+    assert np.all(best[1] - best[0] > 0.05)
