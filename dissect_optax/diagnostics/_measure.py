@@ -682,7 +682,7 @@ def _pair_mean(
     sizes = np.bincount(groups)
     means = np.bincount(groups, ahead) / sizes
     value = float(means @ sizes / count)
-    if sizes.min() < 3:
+    if np.min(sizes) < 3:
         return value, None
     n = sizes[groups]
     # From n(n-1) ordered pairs those with k on either side are taken out.
@@ -757,7 +757,7 @@ def _improvement(
     """
     count, leaves = ahead.shape
     unknown = [Interval(math.nan, -math.inf, math.inf)] * leaves
-    if count < 2 or np.bincount(groups).min() < 2:
+    if count < 2 or np.min(np.bincount(groups)) < 2:
         return UNKNOWN, unknown
     pairs = [_pair_mean(a, b, groups) for a, b in zip(ahead.T, behind.T, strict=True)]
     slopes = np.asarray([value for value, _ in pairs])

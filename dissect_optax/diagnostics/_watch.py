@@ -214,7 +214,10 @@ def _common_dtype(leaves: list[Any]) -> jnp.dtype:
     """One dtype for all sampled elements: complex or double if a leaf is."""
     dtypes = [accumulation_dtype(dtype_of(leaf), None) for leaf in leaves]
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.dtype(functools.reduce(jnp.promote_types, dtypes, jnp.float32))
+        common = jnp.dtype(jnp.float32)
+        for dtype in dtypes:
+            common = jnp.promote_types(common, dtype)
+    return common
 
 
 def _shapes(leaves: list[Any]) -> Any:
