@@ -5,6 +5,7 @@ one run as soon as a step has enough arithmetic for its cores; below that, steps
 mostly overhead, which a group of runs shares.
 """
 
+import functools
 import math
 import os
 from typing import Any
@@ -42,16 +43,18 @@ def replicas_per_program(
     """
     if wanted == 1:
         return 1
-    lowered, params = lower_gradient(problem, method, settings, data.training)
+    shapes = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), data.training
+    )
+    leaves, structure = jax.tree.flatten(shapes)
+    program = (problem, method, settings, structure, tuple(leaves))
     if jax.default_backend() == "cpu":
-        analysis = lowered.cost_analysis() or {}
-        # A backend that does not say is taken to be full.
-        return filling_cores(analysis.get("flops", math.inf), _cores())
+        return filling_cores(_flops(*program), _cores())
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:  # The device does not say.
         return max(wanted, 1)
     free = memory - sum(leaf.nbytes for leaf in jax.tree.leaves(data))
-    return fitting_memory(_bytes_of_a_run(lowered, params), free, wanted)
+    return fitting_memory(_bytes_of_a_run(*program), free, wanted)
 
 
 def filling_cores(flops: float, cores: int) -> int:
@@ -102,8 +105,25 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _bytes_of_a_run(lowered: jax.stages.Lowered, params: Any) -> int:
+@functools.cache
+def _flops(
+    problem: Problem, method: Method, settings: Settings, structure: Any, leaves: Any
+) -> float:
+    """Floating-point operations in one gradient."""
+    training = jax.tree.unflatten(structure, leaves)
+    lowered, _ = lower_gradient(problem, method, settings, training)
+    analysis = lowered.cost_analysis() or {}
+    # A backend that does not say is taken to be full.
+    return analysis.get("flops", math.inf)
+
+
+@functools.cache
+def _bytes_of_a_run(
+    problem: Problem, method: Method, settings: Settings, structure: Any, leaves: Any
+) -> int:
     """Bytes that a run needs while it computes a gradient."""
+    training = jax.tree.unflatten(structure, leaves)
+    lowered, params = lower_gradient(problem, method, settings, training)
     memory: Any = lowered.compile().memory_analysis()
     parameters = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)
