@@ -12,29 +12,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
-from scipy.special import stdtrit
 
-from dissect_optax.dissection import EqualWithNan, Job, MethodResult, Protocol, Record
+from dissect_optax.dissection import (
+    EqualWithNan,
+    Job,
+    MethodResult,
+    Protocol,
+    Record,
+    mean_and_std,
+    student_quantile,
+)
 from experiments.problems import ExperimentProblem
 
 # Second minus first; names as on the command line.
 SIGN_COMPARISONS = (("m_sgd", "m_ssd"), ("m_svag", "adam"))
 ADAPTATION_COMPARISONS = (("m_sgd", "m_svag"), ("m_ssd", "adam"))
-_CONFIDENCE = 0.95
-
-
-def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (ddof = 1; NaN for a single value).
-
-    Examples:
-      >>> mean_and_std([1.0, 3.0])
-      (2.0, 1.4142135623730951)
-    """
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), std
 
 
 def accuracy_of_finished(records: Sequence[Record]) -> tuple[float, float]:
@@ -94,8 +88,8 @@ def paired_effect(
     if not differences:
         return Effect(comparison, math.nan, math.nan, 0)
     mean, std = mean_and_std(differences)
-    quantile = stdtrit(max(len(differences) - 1, 1), (1 + _CONFIDENCE) / 2)
-    half_width = float(quantile * std / math.sqrt(len(differences)))
+    quantile = student_quantile(max(len(differences) - 1, 1))
+    half_width = quantile * std / math.sqrt(len(differences))
     return Effect(comparison, mean, half_width, len(differences))
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dissect_optax.dissection._data import numbers_of
 from dissect_optax.dissection._errors import UserError, first_line
 from dissect_optax.dissection._records import (
     Measurement,
@@ -215,7 +216,7 @@ def _to_bytes(state: TrainState) -> np.ndarray:
     Orbax reads several arrays at a time. Where one is damaged it leaves the others half
     read, and they raise warnings later. It does not save empty arrays, either.
     """
-    parts = [_numbers(leaf) for leaf in jax.tree.leaves(state)]
+    parts = [numbers_of(leaf) for leaf in jax.tree.leaves(state)]
     return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
 
@@ -227,7 +228,7 @@ def _digest(content: np.ndarray) -> str:
 def _from_bytes(content: np.ndarray, template: TrainState) -> TrainState:
     """The inverse of `_to_bytes`."""
     leaves, structure = jax.tree.flatten(template)
-    numbers = [_numbers(leaf) for leaf in leaves]
+    numbers = [numbers_of(leaf) for leaf in leaves]
     ends = np.cumsum([part.nbytes for part in numbers])
     restored = [
         _with_numbers(leaf, part.view(like.dtype).reshape(like.shape))
@@ -238,15 +239,8 @@ def _from_bytes(content: np.ndarray, template: TrainState) -> TrainState:
     return jax.tree.unflatten(structure, restored)
 
 
-def _numbers(leaf: jax.Array) -> np.ndarray:
-    """The numbers of an array, also of one of random keys."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
 def _with_numbers(leaf: jax.Array, numbers: np.ndarray) -> jax.Array:
-    """The inverse of `_numbers`, for an array of this kind."""
+    """The inverse of `numbers_of`, for an array of this kind."""
     array = jnp.array(numbers)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))

@@ -10,6 +10,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # The training loss is a mean over this many training examples at most. Test losses are
@@ -67,6 +68,15 @@ def number_of_examples(examples: Any) -> int:
             f" axis 0), got {listing}."
         )
     return int(next(iter(lengths.values()))[0])
+
+
+def numbers_of(array: Any) -> np.ndarray:
+    """The numbers of an array, also of one of random keys."""
+    if isinstance(array, jax.Array) and jnp.issubdtype(
+        array.dtype, jax.dtypes.prng_key
+    ):
+        array = jax.random.key_data(array)
+    return np.asarray(array)
 
 
 def fingerprint(data: Data) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+from dissect_optax.dissection._data import numbers_of
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -19,6 +19,7 @@ def program_digest(function: Callable[..., Any], *shapes: Any) -> str:
     derivative.
 
     Examples:
+      >>> import jax.numpy as jnp
       >>> one = program_digest(lambda x: 2 * x, jnp.ones(3))
       >>> one == program_digest(lambda y: 2 * y, jnp.ones(3))
       True
@@ -36,7 +37,7 @@ def program_digest(function: Callable[..., Any], *shapes: Any) -> str:
     # Addresses of functions differ from process to process.
     content = hashlib.sha256(_ADDRESS.sub("", str(closed)).encode())
     for array in _constants(closed):
-        numbers = np.asarray(_plain(array))
+        numbers = numbers_of(array)
         content.update(f"{numbers.dtype}{numbers.shape}".encode() + numbers.tobytes())
     return content.hexdigest()[:12]
 
@@ -74,12 +75,3 @@ def _constants(program: Any) -> Iterator[Any]:
         for parameter in jax.tree.leaves(list(equation.params.values())):
             if hasattr(parameter, "eqns"):
                 yield from _constants(parameter)
-
-
-def _plain(array: Any) -> Any:
-    """The numbers of an array, also of one of random keys."""
-    if isinstance(array, jax.Array) and jnp.issubdtype(
-        array.dtype, jax.dtypes.prng_key
-    ):
-        return jax.random.key_data(array)
-    return array

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dissect_optax.dissection._methods import Method
 from dissect_optax.dissection._problem import Settings
 from dissect_optax.dissection._records import Record
-from dissect_optax.dissection._running import Job, complete
+from dissect_optax.dissection._running import Job
 from dissect_optax.dissection._tuning import (
     NoStableStepSize,
     Protocol,
     Trial,
     Tuned,
+    best_point,
     grid_point,
+    run_points,
     step_size,
     steps_taken,
     trial,
@@ -82,23 +84,6 @@ def race(job: Job, protocol: Protocol, method: Method) -> Tuned:
     return tune(job, short, method)
 
 
-def _runs_at(
-    job: Job, protocol: Protocol, method: Method, points: Sequence[int]
-) -> dict[int, Sequence[Record]]:
-    """Full tuning runs at these grid points."""
-    configs = [
-        job.config(method, step_size(point), seed)
-        for point in points
-        for seed in protocol.seeds
-    ]
-    records = complete(job, method, f"{method.label}, tuning", configs)
-    count = len(protocol.seeds)
-    return {
-        point: records[index * count : (index + 1) * count]
-        for index, point in enumerate(points)
-    }
-
-
 def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
     """Chooses a step size by a race and full runs.
 
@@ -122,10 +107,10 @@ def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
     full: dict[int, Sequence[Record]] = {}
     trials: dict[int, Trial] = {}
     while wanted:
-        full |= _runs_at(full_job, protocol, method, wanted)
+        full |= run_points(full_job, protocol, method, wanted)
         trials |= {point: trial(protocol, full[point]) for point in wanted}
         wanted = _next_points(trials, top)
-    winner = _winner(trials)
+    winner = best_point(trials)
     if winner is None:
         raise NoStableStepSize(
             f"{method.label} cannot be tuned. Step sizes that were stable in the race"
@@ -145,26 +130,11 @@ def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
     )
 
 
-def _winner(trials: dict[int, Trial]) -> int | None:
-    """The best stable point; None without one."""
-    stable = [point for point, found in trials.items() if found.stable]
-    return max(stable, key=lambda point: trials[point].merit, default=None)
-
-
 def _next_points(trials: dict[int, Trial], top: int) -> list[int]:
     """The neighbour of the winner that was not tried yet."""
-    winner = _winner(trials)
+    winner = best_point(trials)
     lowest = min(trials)
     if winner is None:  # All unstable: smaller ones.
         return [lowest - 1] if lowest > top - 30 else []
     neighbours = [winner - 1, winner + 1] if winner <= top else [winner - 1]
     return [point for point in neighbours if point not in trials][:1]
-
-
-__all__ = [
-    "RACE_FRACTION",
-    "Raced",
-    "race",
-    "race_settings",
-    "tune_by_race",
-]

@@ -152,13 +152,20 @@ def trial(protocol: Protocol, records: Sequence[Record]) -> Trial:
     return Trial(True, tuple(means.tolist()))
 
 
+def best_point(trials: Mapping[int, Trial]) -> int | None:
+    """The best stable point, among equals the first; None without a stable one."""
+    stable = [point for point, found in trials.items() if found.stable]
+    return max(stable, key=lambda point: trials[point].merit, default=None)
+
+
 def _largest_wanted(trials: Mapping[int, Trial], *, bounded_by_best: bool) -> int:
     """The largest stable point, or two decades above the best one if that is less."""
-    stable = sorted(point for point, found in trials.items() if found.stable)
-    if not bounded_by_best:
-        return stable[-1]
-    best = max(stable, key=lambda point: trials[point].merit)
-    return min(stable[-1], best + 2 * _POINTS_PER_DECADE)
+    largest = max(point for point, found in trials.items() if found.stable)
+    # Among equals the smallest.
+    best = best_point(dict(sorted(trials.items())))
+    if not bounded_by_best or best is None:
+        return largest
+    return min(largest, best + 2 * _POINTS_PER_DECADE)
 
 
 def _lowest_wanted(trials: Mapping[int, Trial], largest: int) -> int:
@@ -172,13 +179,11 @@ def _lowest_wanted(trials: Mapping[int, Trial], largest: int) -> int:
 
 
 def _winner(trials: Mapping[int, Trial], lowest: int, largest: int) -> int:
-    """The best stable point of a range; among equals the smallest."""
-    stable = [
-        point
-        for point in range(lowest, largest + 1)
-        if point in trials and trials[point].stable
-    ]
-    return max(stable, key=lambda point: trials[point].merit)
+    """The best stable point of a range that has one; among equals the smallest."""
+    points = range(lowest, largest + 1)
+    winner = best_point({point: trials[point] for point in points if point in trials})
+    assert winner is not None
+    return winner
 
 
 def missing_points(
@@ -382,14 +387,19 @@ def tune(job: Job, protocol: Protocol, method: Method) -> Tuned:
 
 def run_points(
     tuning_job: Job, protocol: Protocol, method: Method, points: Sequence[int]
-) -> list[Record]:
-    """The tuning runs at these grid points; missing ones are trained."""
+) -> dict[int, Sequence[Record]]:
+    """The tuning runs by grid point; missing ones are trained."""
     configs = [
         tuning_job.config(method, step_size(point), seed)
         for point in points
         for seed in protocol.seeds
     ]
-    return complete(tuning_job, method, f"{method.label}, tuning", configs)
+    records = complete(tuning_job, method, f"{method.label}, tuning", configs)
+    count = len(protocol.seeds)
+    return {
+        point: records[index * count : (index + 1) * count]
+        for index, point in enumerate(points)
+    }
 
 
 def replicate(

@@ -12,7 +12,11 @@ import optax
 from flax import nnx
 
 from dissect_optax.dissection import Data, Settings, constant
-from experiments.problems.problem import ExperimentProblem, NetworkFunctions
+from experiments.problems.problem import (
+    ExperimentProblem,
+    NetworkFunctions,
+    half_squared_norm,
+)
 
 
 class Examples(NamedTuple):
@@ -43,12 +47,12 @@ class ImageProblem(ExperimentProblem):
 
 def l2_penalty(params: Any, strength: float) -> jax.Array:
     """½λ‖w‖² over the weights, which are called `kernel`; biases are free."""
-    squares = [
-        jnp.sum(jnp.square(leaf))
+    weights = [
+        leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if "kernel" in jax.tree_util.keystr(path)
     ]
-    return 0.5 * strength * sum(squares, start=jnp.zeros(()))
+    return half_squared_norm(weights, strength)
 
 
 def _cross_entropy(scores: jax.Array, label: jax.Array) -> jax.Array:

@@ -24,7 +24,11 @@ import numpy as np
 import optax
 
 from dissect_optax.dissection import Data, Settings
-from experiments.problems.problem import ExperimentProblem
+from experiments.problems.problem import (
+    ExperimentProblem,
+    half_squared_norm,
+    loss_without_noise,
+)
 
 CLASSES = 64
 _MOST_FREQUENT = 256
@@ -55,26 +59,15 @@ def evaluate(
     return loss, {"accuracy": jnp.argmax(logits) == label}
 
 
-def loss(weights: jax.Array, label: jax.Array, key: jax.Array) -> jax.Array:
-    """Cross-entropy of one example."""
-    del key
-    return evaluate(weights, label)[0]
-
-
-def l2_penalty(weights: jax.Array, strength: float) -> jax.Array:
-    """½λ‖W‖²."""
-    return 0.5 * strength * jnp.sum(jnp.square(weights))
-
-
 PROBLEM = ExperimentProblem(
     name="imbalance",
     title="Class imbalance",
     settings=Settings(steps=500, batch_size=32, evaluation_interval=25),
     smoke=Settings(steps=10, batch_size=8, evaluation_interval=5),
     init=init,
-    loss=loss,
+    loss=loss_without_noise(evaluate),
     evaluate=evaluate,
     load_data=load_data,
-    regularizer=functools.partial(l2_penalty, strength=_L2),
+    regularizer=functools.partial(half_squared_norm, strength=_L2),
     description={"network": "linear 64, 64 from zero", "l2": _L2},
 )

@@ -10,7 +10,6 @@ L2          0.001: the classes can nearly be separated, and without a penalty we
             grow for ever
 """
 
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,11 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 
 from dissect_optax.dissection import Data, Settings
-from experiments.problems.problem import ExperimentProblem
+from experiments.problems.problem import (
+    ExperimentProblem,
+    half_squared_norm,
+    loss_without_noise,
+)
 
 _L2 = 0.001
 
@@ -75,26 +78,15 @@ def evaluate(
     return loss, {"accuracy": (score > 0) == (patient.label > 0.5)}
 
 
-def loss(params: Params, patient: Patients, key: jax.Array) -> jax.Array:
-    """Log loss of one example."""
-    del key
-    return evaluate(params, patient)[0]
-
-
-def l2_penalty(params: Params, strength: float) -> jax.Array:
-    """½λ‖w‖²; the bias is free."""
-    return 0.5 * strength * jnp.sum(jnp.square(params.weights))
-
-
 PROBLEM = ExperimentProblem(
     name="logistic",
     title="Logistic regression",
     settings=Settings(steps=500, batch_size=16, evaluation_interval=25),
     smoke=Settings(steps=10, batch_size=8, evaluation_interval=5),
     init=init,
-    loss=loss,
+    loss=loss_without_noise(evaluate),
     evaluate=evaluate,
     load_data=load_data,
-    regularizer=functools.partial(l2_penalty, strength=_L2),
+    regularizer=lambda params: half_squared_norm(params.weights, _L2),  # Not the bias.,
     description={"network": "linear 30, 1", "l2": _L2},
 )

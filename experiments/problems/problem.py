@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dissect_optax.dissection import Problem, Settings
@@ -21,6 +23,24 @@ class ExperimentProblem(Problem):
 
     smoke: Settings
     published: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def loss_without_noise(
+    evaluate: Callable[[Any, Any], tuple[jax.Array, Mapping[str, jax.Array]]],
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """The loss in training where nothing is random: that of an evaluation."""
+
+    def loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        del key
+        return evaluate(params, example)[0]
+
+    return loss
+
+
+def half_squared_norm(params: Any, strength: float) -> jax.Array:
+    """½λ‖w‖² over all arrays of a tree."""
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)]
+    return 0.5 * strength * sum(squares, start=jnp.zeros(()))
 
 
 @dataclasses.dataclass(frozen=True)

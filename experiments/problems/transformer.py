@@ -24,7 +24,11 @@ import optax
 from flax import nnx
 
 from dissect_optax.dissection import Data, Settings
-from experiments.problems.problem import ExperimentProblem, NetworkFunctions
+from experiments.problems.problem import (
+    ExperimentProblem,
+    NetworkFunctions,
+    loss_without_noise,
+)
 
 LENGTH = 64  # Characters in a sequence.
 _ALPHABET = 128  # Plain text; other characters become one of their own.
@@ -126,19 +130,13 @@ def evaluate(
     return jnp.mean(losses), {"accuracy": jnp.mean(correct.astype(jnp.float32))}
 
 
-def loss(params: nnx.State, sequence: jax.Array, key: jax.Array) -> jax.Array:
-    """Mean cross-entropy of a sequence; nothing in it is random."""
-    del key
-    return evaluate(params, sequence)[0]
-
-
 PROBLEM = ExperimentProblem(
     name="transformer",
     title="Character transformer",
     settings=Settings(steps=1000, batch_size=8, evaluation_interval=50, examples=1000),
     smoke=Settings(steps=10, batch_size=4, evaluation_interval=5, examples=16),
     init=FUNCTIONS.init,
-    loss=loss,
+    loss=loss_without_noise(evaluate),
     evaluate=evaluate,
     load_data=load_data,
     description={"network": "2 blocks of width 64, 4 heads, length 64; tied embedding"},

@@ -14,6 +14,7 @@ from sklearn import datasets
 
 from dissect_optax.dissection import Data, Problem, Settings, constant
 from experiments.problems import get_problem
+from experiments.problems.problem import half_squared_norm
 
 _SETTINGS = Settings(steps=400, batch_size=8, evaluation_interval=20)
 _L2 = 1e-3
@@ -45,11 +46,7 @@ def _problem(
     schedule: Callable[[Any], optax.ScalarOrSchedule] = constant,
 ) -> Problem:
     """A problem without a test set, whose loss is not random."""
-
-    def penalty(params: Any) -> jax.Array:
-        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params)]
-        return 0.5 * l2 * sum(squares, start=jnp.zeros(()))
-
+    penalty = functools.partial(half_squared_norm, strength=l2)
     return Problem(
         name=name,
         title=name.replace("_", " "),

@@ -18,7 +18,6 @@ from dissect_optax.dissection import (
     point_on_grid,
     step_size,
 )
-from dissect_optax.dissection import _racing as racing
 from dissect_optax.dissection import _tuning as tuning
 from dissect_optax.dissection._racing import race_settings, tune_by_race
 from dissect_optax.dissection._tuning import NoStableStepSize
@@ -95,7 +94,6 @@ def trained(monkeypatch):
                 found.append(record)
             return found
 
-        monkeypatch.setattr(racing, "complete", complete)
         monkeypatch.setattr(tuning, "complete", complete)
         job = Job(PROBLEM, SETTINGS, Store(None), SilentMonitor())
         return job, asked
