@@ -48,6 +48,7 @@ from dissect_optax.family._optimizers import (
     adam,
     adam_erf,
     adam_mini,
+    adam_star_mb_before_momentum,
     adam_unbiased,
     adan,
     ademamix,
@@ -57,6 +58,8 @@ from dissect_optax.family._optimizers import (
     factored_rms,
     lion,
     m_svag_decorrelated,
+    m_svag_maximum,
+    m_svag_mb_before_momentum,
     m_svag_mb_reciprocal,
     nadam,
     novograd,
@@ -170,6 +173,9 @@ __all__ = [  # noqa: RUF022
     # and cells of the table that nobody has published.
     "m_svag_mb_reciprocal",
     "m_svag_decorrelated",
+    "m_svag_maximum",
+    "m_svag_mb_before_momentum",
+    "adam_star_mb_before_momentum",
     "adam_unbiased",
     "adam_erf",
 ]

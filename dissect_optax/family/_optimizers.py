@@ -1128,6 +1128,131 @@ def m_svag_decorrelated(
     )
 
 
+def m_svag_maximum(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """M-SVAG by the largest variance so far, as AMSGrad is Adam by the largest v.
+
+    θ ← θ - α γ⊙m, γ = 1/(1+η²) with η² = κ(μ,t) max s/m², where s is the moving average
+    of (g_t-m_(t-1))².
+
+    Args:
+      learning_rate: The step size α, a float or a schedule.
+      momentum: The decay μ of both averages, in [0, 1).
+
+    Returns:
+      The optimizer. Its state holds three buffers of the size of the parameters.
+
+    Raises:
+      ValueError: If μ is outside [0, 1).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from dissect_optax import family
+      >>> optimizer = family.m_svag_maximum(0.5)
+      >>> params = jnp.array([3.0, -2.0])
+      >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+      >>> bool(jnp.all(updates * params < 0))  # downhill
+      True
+
+    References:
+      Balles & Hennig, "Dissecting Adam", §3.4; Reddi, Kale & Kumar, "On the convergence
+      of Adam and beyond", ICLR 2018, for the maximum.
+    """
+    deviations = second_moment(momentum, deviation_from_previous_mean())
+    return _chain(
+        estimate(moving_average(momentum), maximum(deviations), minus_square=False),
+        correct_for_momentum(momentum),
+        adapt_to_variance(inverse),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def m_svag_mb_before_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """M-SVAG with mini-batch variance, the factor before the momentum.
+
+    r ← μ r + γ⊙g, θ ← θ - α r with γ = 1/(1+η²) and η² = ŝ/g². The variance ŝ of the
+    gradient is the extra argument `grad_variance` of `update`; nothing of it is kept.
+
+    Args:
+      learning_rate: The step size α, a float or a schedule.
+      momentum: The decay μ, in [0, 1).
+
+    Returns:
+      The optimizer. Its state holds one buffer of the size of the parameters.
+
+    Raises:
+      ValueError: If μ is outside [0, 1).
+      TypeError: From `update`, if `grad_variance` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from dissect_optax import family
+      >>> optimizer = family.m_svag_mb_before_momentum(1.0)
+      >>> gradient, variance = jnp.array([2.0, 2.0]), jnp.array([1.0, 100.0])
+      >>> state = optimizer.init(gradient)
+      >>> updates, _ = optimizer.update(gradient, state, grad_variance=variance)
+      >>> bool(updates[0] < updates[1] < 0)  # a longer step where it is surer
+      True
+
+    References:
+      Balles & Hennig, "Dissecting Adam", §3.4, Algorithm 3, for all but the order.
+    """
+    return _chain(
+        attach_variance(),
+        adapt_to_variance(inverse),
+        heavy_ball(momentum),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def adam_star_mb_before_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """ADAM* with mini-batch variance, sign and factor before the momentum.
+
+    r ← μ r + γ⊙sign(g), θ ← θ - α r with γ = (1+η²)^(-1/2) and η² = ŝ/g². The variance
+    ŝ of the gradient is the extra argument `grad_variance` of `update`; nothing of it
+    is kept.
+
+    Args:
+      learning_rate: The step size α, a float or a schedule.
+      momentum: The decay μ, in [0, 1).
+
+    Returns:
+      The optimizer. Its state holds one buffer of the size of the parameters.
+
+    Raises:
+      ValueError: If μ is outside [0, 1).
+      TypeError: From `update`, if `grad_variance` is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from dissect_optax import family
+      >>> optimizer = family.adam_star_mb_before_momentum(1.0)
+      >>> gradient, variance = jnp.array([2.0, 2.0]), jnp.array([1.0, 100.0])
+      >>> state = optimizer.init(gradient)
+      >>> updates, _ = optimizer.update(gradient, state, grad_variance=variance)
+      >>> bool(updates[0] < updates[1] < 0)  # a longer step where it is surer
+      True
+
+    References:
+      Balles & Hennig, "Dissecting Adam", §4.2, Algorithm 5, for all but the order.
+    """
+    return _chain(
+        attach_variance(),
+        scale_by_sign(),
+        adapt_to_variance(inverse_sqrt),
+        heavy_ball(momentum),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
 def adam_unbiased(
     learning_rate: optax.ScalarOrSchedule,
     b: jax.typing.ArrayLike = 0.95,

@@ -18,6 +18,10 @@ def adam(g, b1=0.9, b2=0.999, eps=1e-8):
     return averages(g, b1) / (np.sqrt(averages(g**2, b2)) + eps)
 
 
+def adam_equal_decays(g):
+    return adam(g, 0.95, 0.95)
+
+
 def adam_mini(g, b1=0.9, b2=0.999, eps=1e-8, axes=None):
     """One second moment for a block: the means over these axes of one step."""
     axes = tuple(range(1, g.ndim)) if axes is None else axes
@@ -67,10 +71,42 @@ def m_svag_mb_reciprocal(g, variance, momentum=0.9, bound=10.0):
     return np.stack(updates)
 
 
-def m_svag_decorrelated(g, momentum=0.9):
+def m_svag_mb_before_momentum(g, variance, momentum=0.9):
+    return sums(g**3 / (g**2 + variance), momentum)
+
+
+def adam_star_mb_before_momentum(g, variance, momentum=0.9):
+    return sums(g / np.sqrt(g**2 + variance), momentum)
+
+
+def sums(updates, momentum):
+    """Momentum as a sum, over the leading axis."""
+    total, result = 0.0, []
+    for update in updates:
+        total = momentum * total + update
+        result.append(total)
+    return np.stack(result)
+
+
+def variances_about_previous_means(g, momentum):
     means = averages(g, momentum)
     deviations = np.concatenate([np.zeros_like(g[:1]), g[1:] - means[:-1]])
-    variances = averages(deviations**2, momentum)
+    return averages(deviations**2, momentum)
+
+
+def m_svag_maximum(g, momentum=0.9):
+    means = averages(g, momentum)
+    largest = np.maximum.accumulate(variances_about_previous_means(g, momentum))
+    updates = []
+    for t, (mean, variance) in enumerate(zip(means, largest, strict=True), start=1):
+        square = np.where(mean == 0, 1.0, mean**2)
+        updates.append(mean / (1 + kappa(momentum, t) * variance / square))
+    return np.stack(updates)
+
+
+def m_svag_decorrelated(g, momentum=0.9):
+    means = averages(g, momentum)
+    variances = variances_about_previous_means(g, momentum)
     updates = []
     for t, mean in enumerate(means, start=1):
         before = variances[t - 2] if t > 1 else np.zeros_like(mean)

@@ -104,9 +104,11 @@ def ours(tx: optax.GradientTransformation, variances: Any = None) -> np.ndarray:
         "adam_mini",
         "cautious_adam",
         "m_svag_decorrelated",
+        "m_svag_maximum",
         "adam_unbiased",
         "adam_erf",
         "adam",
+        "adam_equal_decays",
     ],
 )
 def test_members_equal_the_oracle(name: str) -> None:
@@ -128,7 +130,15 @@ def test_adam_mini_has_any_blocks() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["vrgd", "m_svag_mb_reciprocal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vrgd",
+        "m_svag_mb_reciprocal",
+        "m_svag_mb_before_momentum",
+        "adam_star_mb_before_momentum",
+    ],
+)
 def test_members_with_a_mini_batch_variance_equal_the_oracle(name: str) -> None:
     gradients = np.where(GRADIENTS == 0, 0.5, GRADIENTS)
     expected = -0.1 * getattr(oracle, name)(gradients, VARIANCES)
@@ -243,6 +253,9 @@ def test_the_registry_has_every_optimizer_and_the_empty_cells() -> None:
     assert [m.name for m in MEMBERS.values() if not m.is_published] == [
         "m_svag_mb_reciprocal",
         "m_svag_decorrelated",
+        "m_svag_maximum",
+        "m_svag_mb_before_momentum",
+        "adam_star_mb_before_momentum",
         "adam_unbiased",
         "adam_erf",
     ]
@@ -319,6 +332,8 @@ EACH_PART = (
     "cautious_adam",
     "m_svag_mb_reciprocal",
     "m_svag_decorrelated",
+    "m_svag_maximum",
+    "adam_star_mb_before_momentum",
 )
 
 
