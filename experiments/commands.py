@@ -53,7 +53,7 @@ from experiments.studies import catalogue, family_map, illustrations
 _SINGLE = np.finfo(np.float32)
 _LARGEST_SEED = 2**32 - 1
 _WIDTH = 120
-_WIDE = 200
+_WIDE = 260
 _LONGEST_NAME = 100
 # Share of the training set that `--select-on validation` holds out.
 _HELD_OUT = 0.1
@@ -620,7 +620,8 @@ def family(
     )
     path = _figure_path(f"family_{problem}", options)
     family_figure.draw(rows, f"{task.problem.title}, {setup['steps']} steps", path)
-    Console(width=_WIDE).print(family_map.table_of(rows))
+    # One line per member, as Markdown wants it.
+    Console(width=_WIDE).print(family_map.table_of(rows), soft_wrap=True)
     print(*reading, sep="\n")
     print(f"Summary: {summary}")
     print(f"Figure:  {path}")
@@ -672,6 +673,24 @@ def quadratic(*, options: _Options = _STUDY_DEFAULTS) -> None:
       options: What every command understands.
     """
     _study("quadratic", "figure_2", options)
+
+
+def starts(*, options: _Options = _STUDY_DEFAULTS) -> None:
+    """See how the comparison of Figure 2 turns with the start, which it leaves open.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("starts", "starts", options)
+
+
+def eigenbases(*, options: _Options = _STUDY_DEFAULTS) -> None:
+    """See §2.1's argument on eigenvectors in numbers: 1-norms, diagonal dominance.
+
+    Args:
+      options: What every command understands.
+    """
+    _study("eigenbases", "eigenbases", options)
 
 
 def sign_map(*, options: _Options = _STUDY_DEFAULTS) -> None:

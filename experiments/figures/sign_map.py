@@ -64,6 +64,7 @@ def _draw_map(
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )
     axes.set_xscale("log")
+    axes.set_xticks([1e0, 1e2, 1e4])
     axes.minorticks_off()
     axes.grid(visible=False)
 
@@ -83,7 +84,7 @@ def draw(record: StudyRecord, path: Path) -> Path:
     largest = np.max(np.abs([result["log10_ratio"] for result in record.results]))
     scale = Normalize(-largest, largest)
     with style():
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        figure = Figure(figsize=(1.25 * WIDTH, 4.6), layout="constrained")
         rows = figure.subfigures(len(kinds), 1, squeeze=False)[:, 0]
         panels = []
         for row, points in zip(rows, kinds, strict=True):
@@ -92,10 +93,11 @@ def draw(record: StudyRecord, path: Path) -> Path:
             for panel, noise in zip(axes, noises, strict=True):
                 # The contours are the same in every row; the first has no black line.
                 _draw_map(panel, record, points, noise, scale, points == kinds[0])
-                panel.set_title(f"noise ν = {noise:g}", fontsize=9)
-                panel.set_xlabel("condition number" if points == kinds[-1] else "")
+                panel.set_title(f"ν/σ = {noise:g}", fontsize=9)
             axes[0].set_ylabel("part of the rotation")
             axes[0].set_yticks([0.0, 0.5, 1.0])
+            if points == kinds[-1]:
+                row.supxlabel("condition number", fontsize=10)
             panels.append(axes)
         for row, axes in zip(rows, panels, strict=True):
             bar = row.colorbar(ScalarMappable(scale, _COLORS), ax=list(axes))

@@ -10,9 +10,18 @@ from rich.table import Table
 
 from dissect_optax.dissection import to_text, write_atomically
 from experiments.figures import convergence as convergence_figure
+from experiments.figures import eigenbases as eigenbases_figure
 from experiments.figures import quadratics as quadratics_figure
 from experiments.figures import sign_map as map_figure
-from experiments.studies import convergence, quadratics, readings, sign_map
+from experiments.figures import starts as starts_figure
+from experiments.studies import (
+    convergence,
+    eigenbases,
+    quadratics,
+    readings,
+    sign_map,
+    starts,
+)
 from experiments.studies.study import Study, StudyRecord, complete
 
 Reading = list[dict[str, Any]]
@@ -44,6 +53,20 @@ STUDIES = {
         readings.read_quadratics,
         readings.quadratics_table,
         quadratics_figure.draw,
+    ),
+    "starts": Entry(
+        starts.StartStudy(),
+        starts.SMOKE,
+        readings.read_starts,
+        readings.starts_table,
+        starts_figure.draw,
+    ),
+    "eigenbases": Entry(
+        eigenbases.EigenbasisStudy(),
+        eigenbases.SMOKE,
+        readings.read_eigenbases,
+        readings.eigenbases_table,
+        eigenbases_figure.draw,
     ),
     "map": Entry(
         sign_map.MapStudy(),

@@ -91,9 +91,9 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     """The map as Markdown, ordered by cell."""
     table = Table(box=box.MARKDOWN)
     for column in ("member", "direction", "source", "factor", "order"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("buffers", "log loss", "difference to ADAM", "test accuracy"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         name = row["member"] if row["published"] else f"{row['member']} (new)"
         accuracy = row["test_accuracy"]

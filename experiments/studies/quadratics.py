@@ -4,9 +4,11 @@ Two spectra, each in a randomly rotated and in the axis-aligned eigenbasis, at t
 noise levels. The step size of every step is the exact optimum for the exact moments of
 the direction, so that nothing is tuned and nothing estimated.
 
-The paper leaves the start open. Here x* = 0 and θ is drawn from N(0, I): the obvious
-start at θ = (1, …, 1) is a sign vector away from the minimum, and SSD would solve
-every axis-aligned problem in one step. Losses are without the constant ν²/2 tr(Q).
+The paper leaves the start open. Here x* = 0 and θ is drawn from N(0, 25 I), which
+reproduces every statement of §2.2: what happens depends on ‖θ‖/ν, see `starts`. The
+obvious start at θ = (1, …, 1) is a sign vector away from the minimum, and SSD would
+solve every axis-aligned problem in one step. Losses are without the constant
+ν²/2 tr(Q).
 """
 
 import dataclasses
@@ -31,12 +33,14 @@ class QuadraticStudy:
       seeds: Runs per panel and method, each with its own spectrum, rotation, start
         and noise.
       noise_levels: ν, the standard deviation of the data.
+      start_scale: The standard deviation of every coordinate of the start.
     """
 
     dimensions: int = 100
     steps: int = 100
     seeds: int = 10
     noise_levels: tuple[float, ...] = (0.0, 0.1, 4.0)
+    start_scale: float = 5.0
 
     @property
     def name(self) -> str:
@@ -99,7 +103,11 @@ def optimal_step(
 
 
 def descend(
-    method: str, steps: int, problem: theory.QuadraticProblem, key: jax.Array
+    method: str,
+    steps: int,
+    problem: theory.QuadraticProblem,
+    start_scale: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
     """Losses of one run, before the first and after every step, of shape [steps+1]."""
     _, take = METHODS[method]
@@ -110,17 +118,22 @@ def descend(
         return moved, problem.excess_loss(moved)
 
     start_key, noise_key = jax.random.split(key)
-    start = jax.random.normal(start_key, problem.minimizer.shape)
+    start = start_scale * jax.random.normal(start_key, problem.minimizer.shape)
     _, losses = jax.lax.scan(advance, start, jax.random.split(noise_key, steps))
     return jnp.concatenate([problem.excess_loss(start)[jnp.newaxis], losses])
 
 
 @functools.partial(jax.jit, static_argnames=("method", "steps"))
 def descend_all(
-    method: str, steps: int, problems: theory.QuadraticProblem, keys: jax.Array
+    method: str,
+    steps: int,
+    problems: theory.QuadraticProblem,
+    start_scale: jax.Array,
+    keys: jax.Array,
 ) -> jax.Array:
     """Losses of a batch of runs, of shape [seeds, steps+1]."""
-    return jax.vmap(functools.partial(descend, method, steps))(problems, keys)
+    run = functools.partial(descend, method, steps)
+    return jax.vmap(run, in_axes=(0, None, 0))(problems, start_scale, keys)
 
 
 def draw_spectra(study: QuadraticStudy) -> dict[str, jax.Array]:
@@ -142,6 +155,23 @@ def draw_bases(study: QuadraticStudy) -> dict[str, jax.Array]:
     return {"rotated": rotate(keys), "axis-aligned": aligned}
 
 
+def draw_problems(study: QuadraticStudy) -> Callable[..., theory.QuadraticProblem]:
+    """The problems of all seeds by spectrum, orientation and noise, x* = 0."""
+    spectra, bases = draw_spectra(study), draw_bases(study)
+
+    def problems(
+        spectrum: str, orientation: str, noise: float
+    ) -> theory.QuadraticProblem:
+        return theory.QuadraticProblem(
+            eigenvalues=spectra[spectrum],
+            basis=bases[orientation],
+            minimizer=jnp.zeros((study.seeds, study.dimensions)),
+            noise=jnp.full(study.seeds, noise),
+        )
+
+    return problems
+
+
 def panels(study: QuadraticStudy) -> list[tuple[str, str, float, str]]:
     """Spectrum, orientation, noise and method of every set of runs."""
     return [
@@ -153,19 +183,19 @@ def panels(study: QuadraticStudy) -> list[tuple[str, str, float, str]]:
     ]
 
 
+def run_keys(study: QuadraticStudy) -> jax.Array:
+    """A key per seed; both methods start from the same points, with equal noise."""
+    return jax.random.split(jax.random.key(2), study.seeds)
+
+
 def run(study: QuadraticStudy) -> Iterator[dict[str, Any]]:
     """One result for each panel and method: where it belongs, and all losses."""
-    spectra, bases = draw_spectra(study), draw_bases(study)
-    # Both methods start from the same points and meet the same noise.
-    keys = jax.random.split(jax.random.key(2), study.seeds)
+    problems_of, keys = draw_problems(study), run_keys(study)
     for spectrum, orientation, noise, method in panels(study):
-        problems = theory.QuadraticProblem(
-            eigenvalues=spectra[spectrum],
-            basis=bases[orientation],
-            minimizer=jnp.zeros((study.seeds, study.dimensions)),
-            noise=jnp.full(study.seeds, noise),
+        problems = problems_of(spectrum, orientation, noise)
+        losses = descend_all(
+            method, study.steps, problems, jnp.asarray(study.start_scale), keys
         )
-        losses = descend_all(method, study.steps, problems, keys)
         dominances = jax.vmap(lambda problem: problem.diagonal_dominance)(problems)
         yield {
             "spectrum": spectrum,

@@ -94,6 +94,114 @@ def quadratics_table(panels: list[dict[str, Any]]) -> Table:
     return table
 
 
+# ---- The start --------------------------------------------------------------------
+
+
+def read_starts(record: StudyRecord) -> list[dict[str, Any]]:
+    """How the comparison of Figure 2 turns with the start.
+
+    Args:
+      record: The record of a `StartStudy`.
+
+    Returns:
+      For each problem and each ratio σ/ν: the median over seeds of both losses after
+      the last step, relative to the first, and of their ratio, with its quartiles.
+    """
+    readings = []
+    for result in record.results:
+        sgd, ssd = (np.array(result["relative_loss"][name]) for name in ("sgd", "ssd"))
+        low, median, high = np.quantile(sgd / ssd, [0.25, 0.5, 0.75])
+        readings.append(
+            {
+                "spectrum": result["spectrum"],
+                "orientation": result["orientation"],
+                "start_over_noise": result["start_over_noise"],
+                "sgd_loss": float(np.median(sgd)),
+                "ssd_loss": float(np.median(ssd)),
+                "sgd_over_ssd": float(median),
+                "sgd_over_ssd_quartiles": [float(low), float(high)],
+            }
+        )
+    return readings
+
+
+def starts_table(readings: list[dict[str, Any]]) -> Table:
+    """The reading of the study of starts as a table.
+
+    Args:
+      readings: What `read_starts` returns.
+
+    Returns:
+      A table for Rich: a row per ratio, a column per problem.
+    """
+    table = Table(title="Loss of SGD over that of SSD after the last step", **_LOOK)
+    table.add_column("σ/ν", justify="right")
+    problems = dict.fromkeys((r["spectrum"], r["orientation"]) for r in readings)
+    for spectrum, orientation in problems:
+        name = f"{spectrum.removesuffix('-conditioned')}, {orientation}"
+        table.add_column(name, justify="right")
+    for ratio in dict.fromkeys(r["start_over_noise"] for r in readings):
+        row = [r["sgd_over_ssd"] for r in readings if r["start_over_noise"] == ratio]
+        table.add_row(f"{ratio:g}", *(f"{value:.3g}" for value in row))
+    return table
+
+
+# ---- Eigenbases -------------------------------------------------------------------
+
+
+def read_eigenbases(record: StudyRecord) -> list[dict[str, Any]]:
+    """1-norms of eigenvectors and the mass off the diagonal, a row per spectrum.
+
+    Args:
+      record: The record of an `EigenbasisStudy`.
+
+    Returns:
+      The results with 1-norms over √d, by dimension, fraction and spectrum.
+    """
+    return [
+        {
+            "spectrum": spectrum,
+            "dimensions": result["dimensions"],
+            "fraction": result["fraction"],
+            "mean_norm_over_root": result[spectrum]["mean_norm"]
+            / result["dimensions"] ** 0.5,
+            **result[spectrum],
+        }
+        for result in record.results
+        for spectrum in result
+        if spectrum not in ("dimensions", "fraction")
+    ]
+
+
+def eigenbases_table(readings: list[dict[str, Any]]) -> Table:
+    """The reading of the study of eigenbases as a table.
+
+    Args:
+      readings: What `read_eigenbases` returns.
+
+    Returns:
+      A table for Rich.
+    """
+    table = Table(
+        title="§2.1: 1-norms of eigenvectors, and the mass of Q off its diagonal",
+        **_LOOK,
+    )
+    table.add_column("spectrum")
+    for name in ("d", "rotation", "‖v‖₁/√d", "Σ|q|/Σλ", "Σλ‖v‖₁²/Σλ", "c"):
+        table.add_column(name, justify="right")
+    for reading in readings:
+        table.add_row(
+            reading["spectrum"].removesuffix("-conditioned"),
+            str(reading["dimensions"]),
+            f"{reading['fraction']:g}",
+            f"{reading['mean_norm_over_root']:.2f}",
+            f"{reading['mass_over_trace']:.1f}",
+            f"{reading['bound_over_trace']:.1f}",
+            f"{reading['diagonal_dominance']:.3f}",
+        )
+    return table
+
+
 # ---- The map ----------------------------------------------------------------------
 
 

@@ -5,9 +5,12 @@ spectrum is geometric, with largest eigenvalue one and a given condition number;
 eigenbasis is part of the way from the axes to a uniformly drawn rotation. The answer
 depends on the point, so there are two kinds:
 
-* `random`: θ ~ N(0, I), equally far from the minimum in all directions;
-* `even`: Λ^(1/2)Rᵀθ ~ N(0, I), the loss spread evenly over the eigendirections, as it
-  comes to be when a method has reduced the steep ones and not yet the flat ones.
+* `random`: θ ~ N(0, σ² I), equally far from the minimum in all directions;
+* `even`: Λ^(1/2)Rᵀθ ~ N(0, σ² I), the loss spread evenly over the eigendirections, as
+  it comes to be when a method has reduced the steep ones and not yet the flat ones.
+
+Only ν/σ matters. At the start of Figure 2, σ = 5, it is 0, 0.02 and 0.8; near the
+minimum it is larger.
 """
 
 import dataclasses
@@ -31,7 +34,7 @@ class MapStudy:
       dimensions: d.
       points: The kinds of points.
       draws: Points and rotations that each entry of the map is averaged over.
-      noise_levels: ν, the standard deviation of the data, in the unit of θ.
+      noise_levels: ν/σ, the standard deviation of the data over that of the points.
       largest_condition: Condition numbers go from one to this.
       conditions: How many of them, equally spaced in the logarithm.
       fractions: How many fractions of the rotation, equally spaced from zero to one.
@@ -40,7 +43,7 @@ class MapStudy:
     dimensions: int = 100
     points: tuple[str, ...] = ("random", "even")
     draws: int = 8
-    noise_levels: tuple[float, ...] = (0.0, 0.1, 1.0, 4.0)
+    noise_levels: tuple[float, ...] = (0.0, 0.02, 0.2, 0.8, 4.0, 20.0)
     largest_condition: float = 1e4
     conditions: int = 25
     fractions: int = 21
@@ -86,7 +89,7 @@ def compare(
 ) -> tuple[jax.Array, jax.Array]:
     """Logarithm (base ten) of I(sign)/I(gradient) at one point, and the dominance c.
 
-    The point is θ = R Λ^(-power) z for a standard normal z.
+    The point is θ = R Λ^(-power) z for a standard normal z, σ = 1.
     """
     problem = theory.quadratic_problem(eigenvalues, basis, noise=noise)
     params = jnp.matmul(basis, eigenvalues**-power * normal)

@@ -16,10 +16,12 @@ from experiments.command_line import main
 from experiments.studies import (
     catalogue,
     convergence,
+    eigenbases,
     illustrations,
     quadratics,
     readings,
     sign_map,
+    starts,
 )
 from experiments.studies.study import StudyRecord, complete
 
@@ -35,6 +37,8 @@ def record_of(results, config=None):
     ("command", "figure"),
     [
         ("quadratic", "figure_2"),
+        ("starts", "starts"),
+        ("eigenbases", "eigenbases"),
         ("map", "sign_map"),
         ("convergence", "theorem_1"),
     ],
@@ -149,8 +153,8 @@ def test_noise_free_runs_are_the_descent_they_are_in_numpy(method, x64):
     basis = theory.random_rotation(jax.random.key(1), 6)
     problem = theory.quadratic_problem(jnp.linspace(0.2, 2.0, 6), basis)
     key = jax.random.key(2)
-    losses = quadratics.descend(method, 5, problem, key)
-    theta = np.asarray(jax.random.normal(jax.random.split(key)[0], (6,)))
+    losses = quadratics.descend(method, 5, problem, jnp.asarray(5.0), key)
+    theta = 5 * np.asarray(jax.random.normal(jax.random.split(key)[0], (6,)))
     hessian = np.asarray(problem.hessian)
     expected = [theta @ hessian @ theta / 2]
     for _ in range(5):
@@ -171,6 +175,51 @@ def test_the_reading_of_figure_2_counts_seeds_and_compares_medians():
     assert panel["sgd_over_ssd"] == pytest.approx(2.0)
     assert panel["sgd_loss"] == 6.0
     assert panel["paper"] == "roughly even"
+
+
+# ---- The start, and the eigenbasis -----------------------------------------------
+
+
+def test_only_the_start_over_the_noise_matters(x64):
+    drawn = quadratics.QuadraticStudy(dimensions=6, steps=4, seeds=3)
+    problems_of, keys = quadratics.draw_problems(drawn), quadratics.run_keys(drawn)
+    small, large = (
+        quadratics.descend_all(
+            "ssd",
+            4,
+            problems_of("ill-conditioned", "rotated", scale),
+            jnp.asarray(2.0 * scale),
+            keys,
+        )
+        for scale in (1.0, 7.0)
+    )
+    np.testing.assert_allclose(large, 49 * small, rtol=1e-6)
+
+
+def test_the_study_of_starts_has_a_row_of_figure_2():
+    study = starts.StartStudy(dimensions=6, steps=3, seeds=2, ratios=(1.25,))
+    first = next(iter(study.run()))
+    figure_2 = quadratics.QuadraticStudy(6, 3, 2, noise_levels=(4.0,))
+    sgd, ssd = list(figure_2.run())[:2]
+    for name, panel in (("sgd", sgd), ("ssd", ssd)):
+        losses = np.array(panel["losses"])
+        expected = losses[:, -1] / losses[:, 0]
+        np.testing.assert_allclose(first["relative_loss"][name], expected, rtol=1e-3)
+
+
+def test_eigenvectors_on_the_axes_have_norm_one_and_random_ones_nearly_root_d():
+    study = eigenbases.EigenbasisStudy(dimensions=(200,), fractions=(0.0, 1.0), draws=1)
+    aligned, rotated = (result["ill-conditioned"] for result in study.run())
+    assert aligned["mean_norm"] == pytest.approx(1.0, rel=1e-5)
+    assert aligned["diagonal_dominance"] == pytest.approx(1.0, rel=1e-4)
+    # A coordinate of a random unit vector is nearly N(0, 1/d): E|v| = √(2/(πd)).
+    expected = np.sqrt(2 * 200 / np.pi)
+    assert rotated["mean_norm"] == pytest.approx(expected, rel=0.02)
+    assert rotated["largest_norm"] < np.sqrt(200)
+    assert 1 < rotated["mass_over_trace"] < rotated["bound_over_trace"]
+    assert rotated["diagonal_dominance"] == pytest.approx(
+        1 / rotated["mass_over_trace"], rel=1e-3
+    )
 
 
 # ---- The map ----------------------------------------------------------------------
