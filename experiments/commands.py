@@ -611,20 +611,26 @@ def family(
         data_dir=options.data_dir,
         monitor=task.job.monitor,
     )
-    rows = family_map.rows_of(result)
+    rows, changes = family_map.rows_of(result), family_map.changes_of(result)
     reading = family_map.reading_of(rows)
     setup = dataclasses.asdict(result.setup)
     summary = options.runs_dir / problem / f"family{_suffix(options)}.json"
     write_atomically(
-        summary, to_text({"setup": setup, "rows": rows, "reading": reading})
+        summary,
+        to_text({"setup": setup, "rows": rows, "changes": changes, "reading": reading}),
     )
+    title = f"{task.problem.title}, {setup['steps']} steps"
     path = _figure_path(f"family_{problem}", options)
-    family_figure.draw(rows, f"{task.problem.title}, {setup['steps']} steps", path)
+    family_figure.draw(rows, title, path)
+    axes_path = _figure_path(f"family_{problem}_axes", options)
+    family_figure.draw_changes(changes, title, axes_path)
     # One line per member, as Markdown wants it.
-    Console(width=_WIDE).print(family_map.table_of(rows), soft_wrap=True)
+    console = Console(width=_WIDE)
+    for table in (family_map.table_of(rows), family_map.changes_table(changes)):
+        console.print(table, soft_wrap=True)
     print(*reading, sep="\n")
     print(f"Summary: {summary}")
-    print(f"Figure:  {path}")
+    print(f"Figures: {path}, {axes_path}")
 
 
 def calibrate(

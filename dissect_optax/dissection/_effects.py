@@ -497,6 +497,7 @@ def effects_between(
     tuning: Iterable[Run],
     quantity: str = "log_loss",
     smallest: float = SMALLEST_EFFECT,
+    pairs: Iterable[tuple[str, str]] | None = None,
 ) -> Effects:
     """Effects and comparisons between runs at one batch size.
 
@@ -505,6 +506,8 @@ def effects_between(
       tuning: Runs that the step sizes were chosen from.
       quantity: Which number of `Outcome` to compare.
       smallest: An effect below it is not decided.
+      pairs: Methods to compare, first minus second; None for those of Table 1 and
+        every other method against ADAM.
 
     Returns:
       Those effects and comparisons whose methods all have runs.
@@ -525,9 +528,9 @@ def effects_between(
             outcomes, weights, retuning_variances=variances, smallest=smallest
         )
 
-    pairs = list(CELL_COMPARISONS) + [
-        (method, "adam") for method in outcomes if method not in CELLS
-    ]
+    if pairs is None:
+        others = [(method, "adam") for method in outcomes if method not in CELLS]
+        pairs = [*CELL_COMPARISONS, *others]
     return Effects(
         effects={
             name: effect(weights)

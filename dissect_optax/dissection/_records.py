@@ -410,6 +410,8 @@ class Store:
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self._in_memory: dict[str, Record] = {}
+        # By file, with its size and time of change: what `check_data` has read.
+        self._data_of: dict[Path, tuple[int, int, str]] = {}
 
     @property
     def in_memory(self) -> bool:
@@ -465,9 +467,14 @@ class Store:
             for path in sorted((self.root / problem).glob(pattern)):
                 # A damaged one is reported by the reader of the rest of it.
                 with contextlib.suppress(*DAMAGE):
-                    content = read_checked(path)
-                    environment = content.get("environment", content)
-                    yield path, environment["data"]
+                    status = path.stat()
+                    state = (status.st_size, status.st_mtime_ns)
+                    # Each group asks, and there may be thousands of files.
+                    if self._data_of.get(path, ())[:2] != state:
+                        content = read_checked(path)
+                        environment = content.get("environment", content)
+                        self._data_of[path] = (*state, environment["data"])
+                    yield path, self._data_of[path][2]
 
     def find(self, config: RunConfig) -> Record | None:
         """The record of this run, if the run is finished."""

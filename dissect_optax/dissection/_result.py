@@ -195,6 +195,52 @@ class Dissection:
             size: dict(row.comparisons) for size, row in self.headline_effects.items()
         }
 
+    def compare(
+        self,
+        method: str,
+        reference: str,
+        batch_size: int | None = None,
+        quantity: str = "log_loss",
+    ) -> Effect:
+        """The outcome of any method minus that of any other, over equal seeds.
+
+        Args:
+          method: Name of the one.
+          reference: Name of the other.
+          batch_size: At which batch size; None if there is one only.
+          quantity: "log_loss", "log_final_loss" or the name of a metric.
+
+        Returns:
+          The difference; its interval holds the spread of retuning.
+
+        Raises:
+          ValueError: A method has no replicates at this batch size, or there are
+            several batch sizes and none is given.
+        """
+        sizes = self.setup.batch_sizes
+        if batch_size is None and len(sizes) == 1:
+            (batch_size,) = sizes
+        if batch_size not in sizes:
+            raise ValueError(
+                f"`batch_size` must be one of {list(sizes)}, got {batch_size}."
+            )
+        replicates = select_runs(self.runs, batch_size, "replicate")
+        trained = list(dict.fromkeys(run.method for run in replicates))
+        for name in (method, reference):
+            if name not in trained:
+                raise ValueError(
+                    f"{name!r} has no replicates at batch size {batch_size}; these"
+                    f" have: {', '.join(trained) or 'none'}."
+                )
+        found = effects_between(
+            replicates,
+            select_runs(self.runs, batch_size, "tuning"),
+            quantity,
+            pairs=[(method, reference)],
+        )
+        (comparison,) = found.comparisons.values()
+        return comparison.effect
+
     @functools.cached_property
     def secondary(self) -> dict[str, dict[int, Effects]]:
         """Effects on "log_final_loss" and on each metric, by batch size.

@@ -16,6 +16,12 @@ _COLORS = {
     "before momentum": "#E69F00",
     "after momentum": "#0072B2",
 }
+_AXIS_COLORS = {
+    "direction": "#0072B2",
+    "source": "#009E73",
+    "factor": "#D55E00",
+    "order": "#E69F00",
+}
 _ROW_HEIGHT = 0.27
 
 
@@ -89,4 +95,60 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path:
                 )
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        return save(figure, path)
+
+
+def draw_changes(changes: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path:
+    """Draws what one part exchanged changes, axis by axis.
+
+    Args:
+      changes: See `experiments.studies.family_map.changes_of`.
+      title: Title of the problem.
+      path: Where to write it.
+
+    Returns:
+      The path.
+    """
+    # From the top: the axes in their order, each from best to worst.
+    shown = sorted(
+        changes,
+        key=lambda row: (
+            -list(_AXIS_COLORS).index(row["axis"]),
+            -row["difference"]["estimate"],
+        ),
+    )
+    with style():
+        height = 1.5 + _ROW_HEIGHT * len(shown)
+        figure = Figure(figsize=(1.35 * WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        for place, row in enumerate(shown):
+            color, found = _AXIS_COLORS[row["axis"]], row["difference"]
+            axes.plot([found["low"], found["high"]], [place, place], color=color)
+            face = color if found["decided"] else "white"
+            axes.plot(found["estimate"], place, "o", color=color, markerfacecolor=face)
+        axes.axvline(0.0, color="#666666", linewidth=0.8)
+        labels = [
+            f"{row['change']}   ({row['before']} → {row['after']})" for row in shown
+        ]
+        axes.set_yticks(range(len(shown)), labels, fontsize=7)
+        axes.set_xlabel("change of the mean log training loss")
+        axes.set_title(title)
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%+g"))
+        axes.set_ylim(-0.7, len(shown) - 0.3)
+        handles = [
+            Line2D([], [], color=color, marker="o", label=axis)
+            for axis, color in _AXIS_COLORS.items()
+        ]
+        undecided = Line2D(
+            [],
+            [],
+            color="#666666",
+            linestyle="",
+            marker="o",
+            markerfacecolor="white",
+            label="not decided",
+        )
+        figure.legend(
+            handles=[*handles, undecided], loc="outside lower center", ncols=5
+        )
         return save(figure, path)

@@ -12,11 +12,50 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dissect_optax.dissection import Dissection, Method, get_method
+from dissect_optax.dissection import Dissection, Effect, Method, get_method
 from dissect_optax.family import MEMBERS
 
 REFERENCE = "adam"
 _PREFIX = "family."
+
+# One part exchanged and the others kept: the axis, what is exchanged, and the members
+# before and after. Where the sign comes in, Adam's factor takes the place of SVAG's.
+CHANGES = (
+    ("direction", "g → sign g", "sgd", "sign_sgd"),
+    ("direction", "m → sign m", "m_sgd", "signum"),
+    ("direction", "m → sign m, adapted", "m_svag", "adam_star"),
+    ("direction", "sign m → sign of β1 m₋ + (1-β1) g", "signum", "lion"),
+    ("direction", "sign m → sign of the Nesterov m", "adam", "nadam"),
+    ("direction", "sign m → sign(m₁ + α m₂)", "adam", "ademamix"),
+    ("source", "v - m²: two decays → one", "adam", "adam_equal_decays"),
+    ("source", "v - m² → (v - m²)/(1-κ)", "adam_equal_decays", "adam_unbiased"),
+    (
+        "source",
+        "of the gradient → of the momentum, κ",
+        "adam_equal_decays",
+        "adam_star",
+    ),
+    ("source", "v → max v", "adam", "amsgrad"),
+    ("source", "v → sign-controlled v", "adam", "yogi"),
+    ("source", "v → block mean of v", "adam", "adam_mini"),
+    ("source", "κ (v - m²) → mini-batch, sign", "adam_star", "adam_star_mb"),
+    ("source", "κ (v - m²) → mini-batch", "m_svag", "m_svag_mb"),
+    ("source", "v - m² → one step old", "m_svag", "m_svag_decorrelated"),
+    ("source", "v - m² → largest so far", "m_svag", "m_svag_maximum"),
+    ("factor", "sign m: 1 → (1+η²)^(-1/2)", "signum", "adam"),
+    ("factor", "m: 1 → 1/(1+η²)", "m_sgd", "m_svag"),
+    ("factor", "(1+η²)^(-1/2) → erf(1/(√2 η))", "adam", "adam_erf"),
+    ("factor", "(1+η²)^(-1/2) → η⁻¹", "adam", "adabelief"),
+    ("factor", "(1+η²)^(-1/2) → with the cautious mask", "adam", "cautious_adam"),
+    ("factor", "1/(1+η²) → min(η⁻¹, 10)", "m_svag_mb", "m_svag_mb_reciprocal"),
+    ("order", "after → before momentum", "m_svag_mb", "m_svag_mb_before_momentum"),
+    (
+        "order",
+        "after → before momentum, sign",
+        "adam_star_mb",
+        "adam_star_mb_before_momentum",
+    ),
+)
 
 
 def methods_of(names: Sequence[str]) -> list[Method]:
@@ -24,7 +63,7 @@ def methods_of(names: Sequence[str]) -> list[Method]:
     others = [name for name in names if name != REFERENCE]
     return [
         get_method(REFERENCE),
-        *(get_method(_PREFIX + name) for name in others),
+        *(get_method(_method_name(name)) for name in others),
     ]
 
 
@@ -43,7 +82,7 @@ def rows_of(result: Dissection) -> list[dict[str, Any]]:
     by_method = {summary.method: summary for summary in result.summaries}
     rows = []
     for name, member in MEMBERS.items():
-        method = name if name == REFERENCE else _PREFIX + name
+        method = _method_name(name)
         if method not in by_method:
             continue
         summary = by_method[method]
@@ -65,20 +104,54 @@ def rows_of(result: Dissection) -> list[dict[str, Any]]:
         }
         for comparison in comparisons.values():
             if comparison.method == method and comparison.reference == REFERENCE:
-                effect = comparison.effect
-                row["difference"] = {
-                    "estimate": effect.estimate,
-                    "low": effect.low,
-                    "high": effect.high,
-                    "pairs": effect.pairs,
-                    "decided": effect.decided,
-                }
+                row["difference"] = _as_json(comparison.effect)
         rows.append(row)
     return rows
 
 
+def changes_of(result: Dissection) -> list[dict[str, Any]]:
+    """What one part exchanged changes, for each of `CHANGES` that was trained.
+
+    Args:
+      result: A dissection of `methods_of` at one batch size.
+
+    Returns:
+      Axis, what is exchanged, both members, and the outcome after minus before.
+    """
+    trained = {run.method for run in result.runs if run.role == "replicate"}
+    return [
+        {
+            "axis": axis,
+            "change": change,
+            "before": before,
+            "after": after,
+            "difference": _as_json(
+                result.compare(_method_name(after), _method_name(before))
+            ),
+        }
+        for axis, change, before, after in CHANGES
+        if {_method_name(before), _method_name(after)} <= trained
+    ]
+
+
+def _method_name(member: str) -> str:
+    """The name of a member among the methods of a dissection."""
+    return member if member == REFERENCE else _PREFIX + member
+
+
+def _as_json(effect: Effect) -> dict[str, Any]:
+    """A difference with its interval."""
+    return {
+        "estimate": effect.estimate,
+        "low": effect.low,
+        "high": effect.high,
+        "pairs": effect.pairs,
+        "decided": effect.decided,
+    }
+
+
 def _difference_text(row: dict[str, Any]) -> str:
-    """The difference to ADAM with its interval."""
+    """The difference with its interval."""
     if "difference" not in row:
         return "–"
     found = row["difference"]
@@ -108,6 +181,18 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
             _difference_text(row),
             "–" if math.isnan(accuracy) else f"{100 * accuracy:.1f} %",
         )
+    return table
+
+
+def changes_table(changes: Sequence[dict[str, Any]]) -> Table:
+    """What each axis changes, as Markdown."""
+    table = Table(box=box.MARKDOWN)
+    for column in ("axis", "exchanged", "from", "to"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("difference in log loss", justify="right", no_wrap=True)
+    for row in changes:
+        cells = (row["axis"], row["change"], row["before"], row["after"])
+        table.add_row(*cells, _difference_text(row))
     return table
 
 

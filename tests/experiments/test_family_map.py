@@ -6,7 +6,7 @@ import pytest
 
 from dissect_optax.family import MEMBERS
 from experiments.command_line import main
-from experiments.studies.family_map import methods_of, reading_of
+from experiments.studies.family_map import CHANGES, methods_of, reading_of
 
 
 def row(member, estimate, *, buffers=2, published=False, decided=True):
@@ -29,6 +29,19 @@ def test_adam_is_the_reference_and_comes_once():
     assert len(methods_of(list(MEMBERS))) == len(MEMBERS)
 
 
+def test_a_change_is_between_members_of_the_family():
+    for axis, _, before, after in CHANGES:
+        cells = [MEMBERS[name] for name in (before, after)]
+        assert cells[0] != cells[1]
+        if axis in ("direction", "order"):
+            first, second = (getattr(cell, axis) for cell in cells)
+            assert first != second
+        if axis == "factor":
+            # A sum and an average of gradients differ by a number that tuning finds.
+            first, second = (cell.direction.replace("Σ μ^k g", "m") for cell in cells)
+            assert first == second
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -45,13 +58,21 @@ def test_reading_names_cells_that_are_decided_better(rows, sentence):
 
 
 def test_command_makes_a_table_and_a_figure(tmp_path, capsys):
-    arguments = ["family", "logistic", "--smoke", "--seeds", "2", "--members", "lion"]
+    members = ("lion", "signum")
+    arguments = ["family", "logistic", "--smoke", "--seeds", "2", "--members", *members]
     assert main([*arguments, "--runs-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| lion " in printed
     summary = json.loads((tmp_path / "logistic" / "family_smoke.json").read_text())
     rows = {row["member"]: row for row in summary["rows"]}
-    assert list(rows) == ["lion", "adam"]
+    assert list(rows) == ["signum", "lion", "adam"]
     assert rows["lion"]["difference"]["pairs"] == 2
     assert "difference" not in rows["adam"]
-    assert (tmp_path / "figures" / "family_logistic_smoke.png").stat().st_size > 1000
+    # signum → lion and signum → adam, with equal seeds: one is minus the other's parts.
+    changes = {row["after"]: row["difference"] for row in summary["changes"]}
+    assert list(changes) == ["lion", "adam"]
+    signum, lion = (rows[name]["difference"]["estimate"] for name in members[::-1])
+    assert changes["adam"]["estimate"] == pytest.approx(-signum)
+    assert changes["lion"]["estimate"] == pytest.approx(lion - signum)
+    for name in ("family_logistic_smoke", "family_logistic_axes_smoke"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 1000
