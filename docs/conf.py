@@ -26,13 +26,14 @@ root_doc = "README"
 PAGES = {
     "Reference": ["docs/api", "docs/equations"],
     "Guides": [
+        "experiments/README",
         "docs/family",
         "docs/dissect",
         "docs/gradient_variance",
         "docs/numerics",
         "docs/theory",
     ],
-    "Results": ["experiments/README", "benchmarks/README"],
+    "Results": ["docs/reproduction", "docs/results", "benchmarks/README"],
     "Development": ["CONTRIBUTING", "docs/design", "CHANGELOG"],
 }
 include_patterns = [

@@ -8,6 +8,8 @@ _INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
+    # Figures are files: a display that does not exist is no reason to stop.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         from experiments import command_line
 

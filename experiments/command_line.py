@@ -2,21 +2,24 @@
 
 import logging
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import tyro
 
-from dissect_optax.dissection import UserError, recorded, unknown_name
+import dissect_optax
+from dissect_optax.dissection import UserError, exit_status, unknown_name
 from experiments.commands import (
     calibrate,
     convergence,
     curves,
     dissect,
     eigenbases,
+    export,
     family,
     figure,
+    list_runs,
     quadratic,
     reproduce,
     sign_map,
@@ -29,7 +32,6 @@ from experiments.problems import PROBLEMS
 
 _PROGRAM = "python -m experiments"
 _MAIN_JOB = ("reproduce", "digits")
-INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
 
 
 # A study adds its command by a row.
@@ -43,6 +45,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "calibrate": calibrate,
     "family": family,
     "figure": figure,
+    "list": list_runs,
+    "export": export,
     "quadratic": quadratic,
     "starts": starts,
     "eigenbases": eigenbases,
@@ -53,6 +57,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def _run(arguments: Sequence[str]) -> None:
     """Runs the command that begins these arguments."""
+    if arguments[0] == "--version":
+        print(f"dissect_optax {dissect_optax.__version__}, JAX {jax.__version__}")
+        return
     if arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
         if arguments[0] in PROBLEMS:
             raise UserError(
@@ -85,32 +92,21 @@ def main(arguments: Sequence[str]) -> int:
     """
     arguments = list(arguments)
     if not arguments or (
-        arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")
+        arguments[0].startswith("-")
+        and arguments[0] not in ("-h", "--help", "--version")
     ):
         arguments = [*_MAIN_JOB, *arguments]
     # Orbax tells there about its housekeeping.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        with recorded():
-            _run(arguments)
-    except UserError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # A full disk, say, or a file where a directory should be.
-        print(
-            f"{_PROGRAM}: {error.strerror or error}"
-            + (f": {error.filename}" if error.filename else "")
-            + ". Are --runs-dir and --data-dir directories that you may write to, on a"
-            " disk with room?",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted. The same command goes on from finished runs and the last"
-            f" checkpoint: {_PROGRAM} {shlex.join(arguments)}",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    return 0
+    return exit_status(
+        _PROGRAM,
+        lambda: _run(arguments),
+        goes_on=lambda: (
+            "The same command goes on from finished runs and the last checkpoint:"
+            f" {_PROGRAM} {shlex.join(arguments)}"
+        ),
+        advice=(
+            " Are --runs-dir and --data-dir directories that you may write to, on a"
+            " disk with room?"
+        ),
+    )

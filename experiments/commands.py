@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import tyro
@@ -46,6 +46,7 @@ from experiments.figures import (
 )
 from experiments.figures import calibration as calibration_figure
 from experiments.figures import family_map as family_figure
+from experiments.listing import as_csv, table_of_runs
 from experiments.paths import expand_home
 from experiments.problems import PROBLEMS, ExperimentProblem, get_problem
 from experiments.studies import catalogue, family_map, illustrations
@@ -60,7 +61,8 @@ _HELD_OUT = 0.1
 
 
 _KNOWN_METHODS = (
-    f"{', '.join(METHODS)}, or the path of an Optax optimizer such as optax.adamw"
+    f"{', '.join(METHODS)}, the path of an Optax optimizer such as optax.adamw, or"
+    " my_module:my_optimizer"
 )
 _MethodName = Annotated[
     str, tyro.conf.arg(metavar="METHOD", help=f"One of {_KNOWN_METHODS}.")
@@ -76,6 +78,8 @@ _MethodNamesOrAll = Annotated[
     ),
 ]
 _Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+_Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")]
+_Seeds = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +152,15 @@ def _with_steps(
     return dataclasses.replace(settings, steps=steps, evaluation_interval=interval)
 
 
-def _distinct(flag: str, names: Sequence[str]) -> Sequence[str]:
-    """The names, of which there must be one, and none twice."""
-    if not names or len(set(names)) < len(names):
-        given = " ".join(names) or "nothing"
-        raise UserError(f"`{flag}` must be given different names, got {given}.")
-    return names
+_Value = TypeVar("_Value")
+
+
+def _distinct(flag: str, values: Sequence[_Value]) -> Sequence[_Value]:
+    """The values, of which there must be one, and none twice."""
+    if not values or len(set(values)) < len(values):
+        given = " ".join(map(str, values)) or "nothing"
+        raise UserError(f"`{flag}` must be given different values, got {given}.")
+    return values
 
 
 def _method(problem: ExperimentProblem, name: str) -> Method:
@@ -331,43 +338,69 @@ def train(
     problem: _ProblemName,
     *,
     optimizer: _MethodName,
-    learning_rate: float,
-    seed: int = 0,
+    learning_rate: _Numbers,
+    seed: _Seeds = (0,),
     options: _TrainingOptions = _TRAINING_DEFAULTS,
 ) -> None:
-    """Train one network, and print the path of its record.
+    """Train a network at each step size with each seed; print where the records are.
 
     Args:
       problem: The test problem.
-      optimizer: A method such as m_svag, or the path of an Optax optimizer.
-      learning_rate: The step size; a problem with a schedule starts with it.
-      seed: Seed of initial parameters, mini-batches and noise.
+      optimizer: A method such as m_svag, the path of an Optax optimizer, or
+        my_module:my_optimizer.
+      learning_rate: The step sizes; a problem with a schedule starts with them.
+      seed: Seeds of initial parameters, mini-batches and noise.
       options: What every command understands.
     """
     task = _task(problem, options)
     job, method = task.job, _method(task.problem, optimizer)
-    # Runs compute in single precision, where other numbers are zero or infinite.
-    if not float(_SINGLE.tiny) <= learning_rate <= float(_SINGLE.max):
-        raise UserError(
-            "`--learning-rate` must be a positive number of single precision, got"
-            f" {learning_rate:g}."
-        )
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise UserError(f"`--seed` must lie in [0, {_LARGEST_SEED}], got {seed}.")
-    config = job.config(method, learning_rate, seed)
-    title = f"{method.label}, step size {learning_rate:g}, seed {seed}"
-    (record,) = complete(job, method, method.label, [config])
-    last = record.evaluations[-1]
-    if record.diverged:
-        outcome_text = f"diverged before step {last.step}"
-    else:
-        outcome_text = (
-            f"training loss {last['training_loss']:.4g},"
-            f" test loss {last['test_loss']:.4g},"
-            f" test accuracy {last['test_accuracy']:.1%}"
-        )
-    print(f"{title}: {outcome_text}")
-    print(f"Record: {job.store.path(config)}")
+    for rate in _distinct("--learning-rate", learning_rate):
+        # Runs compute in single precision, where other numbers are zero or infinite.
+        if not float(_SINGLE.tiny) <= rate <= float(_SINGLE.max):
+            raise UserError(
+                "`--learning-rate` must be a positive number of single precision, got"
+                f" {rate:g}."
+            )
+    for number in _distinct("--seed", seed):
+        if not 0 <= number <= _LARGEST_SEED:
+            raise UserError(f"`--seed` must lie in [0, {_LARGEST_SEED}], got {number}.")
+    configs = [
+        job.config(method, rate, number) for rate in learning_rate for number in seed
+    ]
+    for record in complete(job, method, method.label, configs):
+        config, last = record.config, record.evaluations[-1]
+        title = f"{method.label}, step size {config.learning_rate:g}"
+        if record.diverged:
+            outcome_text = f"diverged before step {last.step}"
+        else:
+            outcome_text = (
+                f"training loss {last['training_loss']:.4g},"
+                f" test loss {last['test_loss']:.4g},"
+                f" test accuracy {last['test_accuracy']:.1%}"
+            )
+        print(f"{title}, seed {config.seed}: {outcome_text}")
+        print(f"Record: {job.store.path(config)}")
+
+
+def list_runs(*, options: _Options = _STUDY_DEFAULTS) -> None:
+    """List finished and unfinished runs.
+
+    Args:
+      options: What every command understands.
+    """
+    Console().print(table_of_runs(options.runs_dir))
+
+
+def export(*, output: Path, options: _Options = _STUDY_DEFAULTS) -> None:
+    """Write every evaluation of every finished run as one CSV file.
+
+    Args:
+      output: The file.
+      options: What every command understands.
+    """
+    path = expand_home(output)
+    write_atomically(path, as_csv(options.runs_dir))
+    print(f"Table: {path}")
 
 
 def tune_step_sizes(

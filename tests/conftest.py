@@ -77,7 +77,8 @@ def interrupt_at_first_report(
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, command: Sequence[str]) -> None:
     # Imported here: most tests need no experiments.
-    from experiments.command_line import INTERRUPTED, main
+    from dissect_optax.dissection._exit_status import INTERRUPTED
+    from experiments.command_line import main
 
     with monkeypatch.context() as patch:
         patch.setattr(

@@ -9,6 +9,7 @@ missing, in which groups), `_training` and `_evaluation` (one compiled program e
 """
 
 from dissect_optax.dissection import _requirements as _requirements  # Before all.
+from dissect_optax.dissection._checkpoints import unfinished_groups
 from dissect_optax.dissection._command import main
 from dissect_optax.dissection._data import (
     Data,
@@ -30,7 +31,7 @@ from dissect_optax.dissection._effects import (
 from dissect_optax.dissection._environment import environment, processor
 from dissect_optax.dissection._errors import UserError, first_line, unknown_name
 from dissect_optax.dissection._evaluation import evaluate
-from dissect_optax.dissection._interrupts import recorded
+from dissect_optax.dissection._exit_status import exit_status
 from dissect_optax.dissection._locks import only_process
 from dissect_optax.dissection._methods import (
     FOUR_METHODS,
@@ -121,6 +122,7 @@ __all__ = [  # noqa: RUF022  # In the order in which a run meets them.
     "Diagnosis",
     "complete",
     "Store",
+    "unfinished_groups",
     "Record",
     "RunConfig",
     "Measurement",
@@ -151,9 +153,9 @@ __all__ = [  # noqa: RUF022  # In the order in which a run meets them.
     "write_atomically",
     "record_to_json",
     "to_text",
-    "recorded",
     "only_process",
     "UserError",
+    "exit_status",
     "first_line",
     "unknown_name",
 ]

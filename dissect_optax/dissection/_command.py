@@ -18,10 +18,8 @@ from typing import Any
 import dissect_optax
 from dissect_optax.dissection._dissect import dissect
 from dissect_optax.dissection._errors import UserError, unknown_name
-from dissect_optax.dissection._interrupts import recorded
+from dissect_optax.dissection._exit_status import exit_status
 from dissect_optax.dissection._result import Dissection
-
-INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -143,24 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status.
     """
     options = arguments_parser().parse_args(arguments)
+    # Reports are files: a display that does not exist is no reason to stop.
+    os.environ["MPLBACKEND"] = "agg"
     directory = options.directory
-    try:
-        with recorded():
-            given = arguments_of(options)
-            directory = given.get("directory")
-            run(options, given)
-    except UserError as error:
-        print(f"dissect-optax: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"dissect-optax: {error.strerror or error}"
-            + (f": {error.filename}" if error.filename else ""),
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
+
+    def action() -> None:
+        nonlocal directory
+        given = arguments_of(options)
+        directory = given.get("directory")
+        run(options, given)
+
+    def goes_on() -> str:
         kept = "the last checkpoint" if directory else "the beginning"
-        print(f"\nInterrupted. The same command goes on from {kept}.", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+        return f"The same command goes on from {kept}."
+
+    return exit_status("dissect-optax", action, goes_on=goes_on)

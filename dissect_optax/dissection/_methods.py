@@ -71,8 +71,10 @@ def get_method(name: str) -> Method:
 
     Args:
       name: A named optimizer of this library (`m_svag`), a member of
-        `dissect_optax.family` (`family.adabelief`), or the path of any Optax optimizer
-        whose first argument is the learning rate (`optax.adamw`).
+        `dissect_optax.family` (`family.adabelief`), the path of any Optax optimizer
+        whose first argument is the learning rate (`optax.adamw`), or module and name
+        of a function of yours from a learning rate to an optimizer
+        (`my_module:my_optimizer`).
 
     Returns:
       The method.
@@ -91,6 +93,8 @@ def get_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
+    if ":" in name:
+        return _imported(name)
     kind, _, member = name.partition(".")
     if kind == "family":
         return _member(member)
@@ -98,7 +102,8 @@ def get_method(name: str) -> Method:
         raise UserError(
             unknown_name("optimizer", name, METHODS, _NAMES_BY_LABEL)
             + " An Optax optimizer is named by its path, such as 'optax.adamw', a"
-            " member of the family by 'family.adabelief', for example."
+            " member of the family by 'family.adabelief', one of yours by"
+            " 'my_module:my_optimizer', for example."
         )
     module_name, _, attribute = name.rpartition(".")
     try:
@@ -128,6 +133,30 @@ def _member(name: str) -> Method:
     return Method(
         f"family.{name}", name, member.factory, first_guess, member.needs_variance
     )
+
+
+def _imported(name: str) -> Method:
+    """An optimizer of the user's, from `module:function`."""
+    module_name, _, attribute = name.partition(":")
+    if not _NAME.fullmatch(module_name) or not attribute.isidentifier():
+        raise UserError(
+            f"'{name}' is not the place of an optimizer. Expected a module and a"
+            " function in it, such as 'my_module:my_optimizer'."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # Whatever the user's module does.
+        raise UserError(
+            f"The module '{module_name}' of '{name}' cannot be imported"
+            f" ({type(error).__name__}: {first_line(error)}). Is it in this directory,"
+            " or installed?"
+        ) from error
+    if not callable(factory := getattr(module, attribute, None)):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        raise UserError(
+            unknown_name(f"function in {module_name}", attribute, functions)
+        )
+    return _from_factory(name, attribute, f"'{name}'", factory)
 
 
 def _optax_paths() -> list[str]:
@@ -198,40 +227,45 @@ def method_from(name: str, optimizer: Any) -> Method:
         )
     if isinstance(optimizer, str):
         # Two methods may be given the same name in one directory.
-        return dataclasses.replace(
-            get_method(optimizer), name=name, label=name, identity=optimizer
-        )
-    if isinstance(optimizer, optax.GradientTransformation):
+        method = get_method(optimizer)
+        identity = f"{optimizer} {method.identity}".rstrip()
+        return dataclasses.replace(method, name=name, label=name, identity=identity)
+    return _from_factory(name, name, f"`extra[{name!r}]`", optimizer)
+
+
+def _from_factory(name: str, label: str, given: str, factory: Any) -> Method:
+    """The method of a user's factory; `given` is what an error calls it."""
+    if isinstance(factory, optax.GradientTransformation):
         raise UserError(
-            f"`extra[{name!r}]` must be a function from a learning rate to an"
+            f"{given} must be a function from a learning rate to an"
             " optimizer, got an optimizer, whose learning rate is fixed. Pass `lambda"
             " learning_rate: optax.adamw(learning_rate)`, for example."
         )
-    if not callable(optimizer):
+    if not callable(factory):
         raise UserError(
-            f"`extra[{name!r}]` must be a function from a learning rate to an"
-            f" optimizer, such as `optax.adamw`, got {optimizer!r}."
+            f"{given} must be a function from a learning rate to an"
+            f" optimizer, such as `optax.adamw`, got {factory!r}."
         )
     errors = []
     for needs_variance in (False, True):
         try:
-            identity = _program_of(optimizer, needs_variance=needs_variance)
+            identity = _program_of(factory, needs_variance=needs_variance)
         except Exception as error:
             errors.append(error)
         else:
             break
     else:
         raise UserError(
-            f"`extra[{name!r}]` must be a function from a learning rate to an optimizer"
+            f"{given} must be a function from a learning rate to an optimizer"
             f" that needs gradients and parameters alone: {first_line(errors[0])}"
         )
-    if not uses_first_argument(*_step(optimizer, needs_variance=needs_variance)):
+    if not uses_first_argument(*_step(factory, needs_variance=needs_variance)):
         raise UserError(
-            f"The optimizer of `extra[{name!r}]` ignores its learning rate, so it has"
+            f"The optimizer of {given} ignores its learning rate, so it has"
             " no step size to tune. Pass `lambda learning_rate:"
             " optax.adamw(learning_rate)`, for example."
         )
-    return Method(name, name, optimizer, 0.1, needs_variance, identity)
+    return Method(name, label, factory, 0.1, needs_variance, identity)
 
 
 def _program_of(factory: OptimizerFactory, *, needs_variance: bool) -> str:

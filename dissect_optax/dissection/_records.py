@@ -82,10 +82,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for field, name in (("problem", self.problem), ("optimizer", self.optimizer)):
-            if not re.fullmatch(r"\w[\w.\-]{0,150}", name):
+            if not re.fullmatch(r"\w[\w.:\-]{0,150}", name):
                 raise ValueError(
-                    f"The name of the {field} must consist of letters, digits, '_', '-'"
-                    f" and '.', got {name!r}."
+                    f"The name of the {field} must consist of letters, digits, '_',"
+                    f" '-', ':' and '.', got {name!r}."
                 )
         if not isinstance(self.learning_rate, float) or type(self.seed) is not int:
             raise TypeError(
@@ -440,6 +440,27 @@ class Store:
             return sorted({c.optimizer for c in configs if c.problem == problem})
         found = (self.root / problem).glob("*/rate*.json")
         return sorted({path.parent.name for path in found})
+
+    def everything(self) -> Iterator[Record]:
+        """Every finished run, by problem, method, step size and seed.
+
+        Raises:
+          UserError: A record is damaged.
+        """
+        if self.in_memory:
+            found = list(self._in_memory.values())
+        else:
+            found = [_read_record(path) for path in self.root.glob("*/*/rate*.json")]
+        found.sort(
+            key=lambda record: (
+                record.config.problem,
+                record.config.optimizer,
+                record.config.settings.steps,
+                record.config.learning_rate,
+                record.config.seed,
+            )
+        )
+        yield from found
 
     def check_data(self, problem: str, data: str) -> None:
         """Raises where runs on this problem were trained on other data.

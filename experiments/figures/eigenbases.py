@@ -65,7 +65,7 @@ def draw(record: StudyRecord, path: Path) -> Path:
                 )
         norms.plot(sizes, np.sqrt(sizes), ":", color="#222222", label="bound √d")
         dominances.axhspan(*_FOUND, color="#888888", alpha=0.2, linewidth=0)
-        dominances.text(sizes[0], 0.115, "Becker & LeCun, 1988", fontsize=7)
+        dominances.text(sizes[-1], 0.49, "Becker & LeCun, 1988", fontsize=7, ha="right")
         for spectrum in spectra:
             style_of = _LINES[spectrum]
             dominances.plot([], [], style_of, color="#555555", label=spectrum)

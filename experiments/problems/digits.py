@@ -3,7 +3,7 @@
 Section     §4 and §A in miniature; the data set is ours, not the paper's
 Command     python -m experiments        (the same as: ... reproduce digits)
 Time        under two minutes on two CPU cores, compilation included
-Result      experiments/results/digits.json, shown in experiments/README.md
+Result      experiments/results/digits.json, shown in docs/results.md
 
 Data        1 797 grey images of 8×8 pixels with 17 levels, 10 classes; the copy of
             UCI's "Optical Recognition of Handwritten Digits" that scikit-learn ships

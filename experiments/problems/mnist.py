@@ -3,7 +3,7 @@
 Section     §4 and §A; initial weights from DeepOBS 1.1.2's `mnist_mlp`
 Command     python -m experiments reproduce mnist
 Time        about 40 minutes on two CPU cores
-Result      experiments/results/mnist.json, shown in experiments/README.md
+Result      experiments/results/mnist.json, shown in docs/results.md
 
 Data        60 000 training and 10 000 test images of 28×28 grey levels, from TFDS
 L2          The paper does not say how strong. Without L2 this network reaches 98 %, so

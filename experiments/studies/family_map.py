@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from dissect_optax.dissection import Dissection, Effect, Method, get_method
@@ -174,7 +175,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
             name,
             row["direction"],
             row["source"] or "–",
-            row["factor"],
+            escape(row["factor"]),
             row["order"],
             str(row["buffers"]),
             f"{row['log_loss']:.2f}",

@@ -10,6 +10,7 @@ import pytest
 import dissect_optax as do
 from dissect_optax.dissection import Dissection, main
 from dissect_optax.dissection import _command as command
+from dissect_optax.dissection import _exit_status as ends
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -121,7 +122,7 @@ def test_an_interrupt_says_how_to_go_on(
     module, function, options, place, monkeypatch, capsys
 ):
     monkeypatch.setattr(command, "run", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert main([f"{module}:{function}", *options]) == command.INTERRUPTED
+    assert main([f"{module}:{function}", *options]) == ends.INTERRUPTED
     assert f"goes on from {place}." in capsys.readouterr().err
 
 

@@ -1,7 +1,9 @@
 """Every command at smoke size, what it says about mistakes, and kill and resume."""
 
+import csv
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
@@ -156,7 +158,7 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
         ),
         (["figure", "3", "--problems"], "`--problems` must be .* got nothing"),
         (["tune", "digits", "--optimizers"], "`--optimizers` must be .* got nothing"),
-        (["table", "--optimizers", "adam", "adam"], "different names, got adam adam"),
+        (["table", "--optimizers", "adam", "adam"], "different values, got adam adam"),
         (["curves", "digits", "--checkpoint-seconds", "nan"], "not be negative"),
         (
             ["train", "cifar100", "--optimizer", "optax.rprop", "--learning-rate", "1"],
@@ -257,6 +259,168 @@ def test_option_of_tuning_is_refused_where_nothing_is_tuned(command, capsys):
         main([*command, "--tuning-steps", "20"])
     assert stopped.value.code == 2
     assert "Unrecognized" in capsys.readouterr().err
+
+
+def no_device():
+    raise RuntimeError("Unable to initialize backend 'cuda': no device\nmore of it")
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", no_device)
+    # What fails first may say anything.
+    monkeypatch.setattr("experiments.commands.table_of_runs", lambda _: [].pop())
+    assert main(["list", "--runs-dir", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "JAX_PLATFORMS='cuda': Unable to initialize backend 'cuda'" in printed
+    assert "more of it" not in printed
+
+
+def test_another_error_is_not_blamed_on_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.commands.table_of_runs", lambda _: [].pop())
+    with pytest.raises(IndexError):
+        main(["list", "--runs-dir", str(tmp_path)])
+
+
+def test_a_full_output_is_named_and_a_nonsense_display_is_no_obstacle():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments", "--version"],
+            cwd=REPOSITORY,
+            env={**os.environ, "MPLBACKEND": "nonsense"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    (sentence,) = done.stderr.splitlines()
+    assert "What is printed could not be written: No space left" in sentence
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert jax.__version__ in capsys.readouterr().out
+
+
+# ---- What a directory holds --------------------------------------------------------
+
+
+def test_list_counts_finished_and_unfinished_runs(
+    smoke_runs, tmp_path, interrupt_at_first_report, capsys
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(smoke_runs, runs)
+    interrupt_at_first_report(
+        [*TRAIN, "--learning-rate", "77", "--smoke", "--runs-dir", str(runs)]
+    )
+    capsys.readouterr()
+    assert main(["list", "--runs-dir", str(runs)]) == 0
+    printed = capsys.readouterr().out
+    finished = len(list(runs.glob("digits/m_svag/rate*.json")))
+    (line,) = [line for line in printed.splitlines() if " m_svag " in line]
+    assert line.split()[-3] == str(finished)
+    assert line.split()[-1] == "1"
+    assert "77" in line
+
+
+def test_export_has_a_line_per_evaluation(smoke_runs, tmp_path, capsys):
+    path = tmp_path / "all.csv"
+    command = ["export", "--output", str(path), "--runs-dir", str(smoke_runs)]
+    assert main(command) == 0
+    assert str(path) in capsys.readouterr().out
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    records = list(smoke_runs.glob("digits/*/rate*.json"))
+    assert len(rows) == sum(len(lines_of(record)) for record in records)
+    record = read_checked(records[0])
+    config, last = record["config"], record["evaluations"][-1]
+    (row,) = [
+        row
+        for row in rows
+        if row["optimizer"] == config["optimizer"]
+        and float(row["learning_rate"]) == config["learning_rate"]
+        and int(row["seed"]) == config["seed"]
+        and int(row["step"]) == last["step"]
+    ]
+    assert float(row["training_loss"]) == last["training_loss"]
+
+
+def test_train_takes_several_step_sizes_and_seeds(tmp_path, capsys):
+    command = [*TRAIN, "--learning-rate", "0.1", "0.3", "--seed", "4", "5", "--smoke"]
+    assert main([*command, "--runs-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for rate in ("0.1", "0.3"):
+        for seed in (4, 5):
+            assert f"step size {rate}, seed {seed}: training loss" in printed
+            assert (
+                len(list(tmp_path.glob(f"digits/m_svag/rate{rate}_seed{seed}_*"))) == 1
+            )
+
+
+# ---- An optimizer of one's own -----------------------------------------------------
+
+OPTIMIZERS = """
+import optax
+
+def clipped(learning_rate):
+    return optax.chain(optax.clip(1.0), optax.sgd(learning_rate))
+
+def deaf(learning_rate):
+    return optax.sgd(0.1)
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module with optimizers; its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_optimizers.py").write_text(OPTIMIZERS)
+    yield "own_optimizers"
+    sys.modules.pop("own_optimizers", None)
+
+
+def test_an_optimizer_of_ones_own_is_trained_and_found_again(
+    own_module, tmp_path, capsys
+):
+    name = f"{own_module}:clipped"
+    options = ["--smoke", "--runs-dir", str(tmp_path / "runs")]
+    command = ["train", "digits", "--optimizer", name, "--learning-rate", "0.1"]
+    assert main([*command, *options]) == 0
+    (record,) = (tmp_path / "runs" / "digits" / name).glob("rate0.1_seed0_*.json")
+    first = record.read_bytes()
+    assert "clipped, step size 0.1" in capsys.readouterr().out
+    assert main([*command, *options]) == 0
+    assert record.read_bytes() == first
+    # Edited, it is another optimizer.
+    changed = OPTIMIZERS.replace("clip(1.0)", "clip(0.5)")
+    (tmp_path / "own_optimizers.py").write_text(changed)
+    sys.modules.pop(own_module)
+    importlib.invalidate_caches()
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert main([*command, *options]) == 0
+    assert len(list(record.parent.glob("rate0.1_seed0_*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_optimizers:cliped", "no function in own_optimizers 'cliped'. Did you"),
+        ("own_optimizers:deaf", "ignores its learning rate"),
+        ("no_such_module:adam", "'no_such_module' .* cannot be imported"),
+        ("own_optimizers:", "Expected a module and a function in it"),
+        ("own/optimizers:clipped", "Expected a module and a function in it"),
+    ],
+)
+@pytest.mark.usefixtures("own_module")
+def test_an_optimizer_that_is_not_there_is_named(name, message, tmp_path, capsys):
+    command = ["train", "digits", "--optimizer", name, "--learning-rate", "0.1"]
+    assert main([*command, "--smoke", "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- Help, and interruptions -------------------------------------------------------
 
 
 def test_help_names_every_command(capsys):
