@@ -40,6 +40,7 @@ from dissect_optax.family import MEMBERS
 from experiments import reporting
 from experiments.figures import (
     adaptation_factors,
+    step_sizes,
     training_curves,
     variance_adaptation_sketch,
     wrong_sign_mass,
@@ -56,6 +57,7 @@ _LARGEST_SEED = 2**32 - 1
 _WIDTH = 120
 _WIDE = 260
 _LONGEST_NAME = 100
+_MOST_LINES = 12
 # Share of the training set that `--select-on validation` holds out.
 _HELD_OUT = 0.1
 
@@ -496,6 +498,8 @@ def curves(
 ) -> None:
     """Draw and collect the losses of every record with these settings, tuned or not.
 
+    With more than a dozen step sizes, the figure shows where each of them ends.
+
     Args:
       problem: The test problem.
       optimizers: The methods; all that have records unless told otherwise.
@@ -503,6 +507,7 @@ def curves(
     """
     job = _task(problem, options).job
     records: dict[str, list[Record]] = {}
+    by_method: dict[str, list[Record]] = {}
     file_name = "curves"
     if optimizers is None:
         methods = _recorded_methods(job)
@@ -513,6 +518,7 @@ def curves(
         for record in job.store.records(problem, method.name, job.settings):
             label = f"{method.label}, {record.config.learning_rate:g}"
             records.setdefault(label, []).append(record)
+            by_method.setdefault(method.label, []).append(record)
     if not records:
         raise UserError(
             f"{job.store.root} holds no record of"
@@ -525,7 +531,11 @@ def curves(
     runs = [record_to_json(run) for line in records.values() for run in line]
     write_atomically(summary, to_text(runs))
     path = _figure_path(f"{file_name}_{problem}", options)
-    training_curves.draw({job.problem.title: records}, path)
+    # So many lines cannot be told apart; where each ends can.
+    if len(records) > _MOST_LINES:
+        step_sizes.draw(by_method, job.problem.title, path)
+    else:
+        training_curves.draw({job.problem.title: records}, path)
     print(f"Summary: {summary}")
     print(f"Figure:  {path}")
 

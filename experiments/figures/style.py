@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, which people with any common colour vision can tell apart.
 # Cold colours keep the magnitude, warm ones only the sign; lines of methods that are
-# not adapted to the variance are dashed. So Table 1 can be read off a figure.
+# not adapted to the variance are dashed, those of variants dotted. So Table 1 can be
+# read off a figure.
 _COLORS = {
     "m_sgd": "#0072B2",
     "m_svag": "#009E73",
@@ -54,14 +55,20 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-_NOT_ADAPTED = ("m_sgd", "m_ssd", "sgd", "ssd")
+# Variants of one method, in one figure, differ in the line too.
+_LINES = {
+    **dict.fromkeys(("m_sgd", "m_ssd", "sgd", "ssd"), "--"),
+    "adam_star": "-.",
+    "adam_star_mb": ":",
+    "m_svag_mb": ":",
+}
 # They have the colours of those with momentum.
 _WITHOUT_MOMENTUM = ("sgd", "ssd", "svag")
 
 
 def line_style(method: str) -> str:
     """Line style of a method, by its name on the command line."""
-    return "--" if method in _NOT_ADAPTED else "-"
+    return _LINES.get(method, "-")
 
 
 def line_width(method: str) -> float:

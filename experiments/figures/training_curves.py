@@ -1,4 +1,4 @@
-"""Figures 3, 6 and 7: training and test loss over steps, one column per problem."""
+"""Figures 3, 6 and 7: losses and test accuracy over steps, one column per problem."""
 
 import math
 from collections import Counter
@@ -14,6 +14,7 @@ from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
     NullFormatter,
+    PercentFormatter,
 )
 
 from dissect_optax.dissection import Record
@@ -27,6 +28,13 @@ from experiments.figures.style import (
 )
 
 _LEGEND_COLUMNS = 4
+_ROWS = {
+    "training_loss": "training loss",
+    "test_loss": "test loss",
+    "test_accuracy": "test accuracy",
+}
+# From here on lines lie close together; the axis of the accuracy shows them apart.
+_SETTLED = 0.2
 
 
 def _curves(records: Sequence[Record], quantity: str) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +109,23 @@ def _cut_off_diverged_losses(
         axes.set_ylim(0.8 * lowest, 2 * untrained)
 
 
+def _show_settled_accuracies(axes: Axes, lines: Mapping[str, Sequence[Record]]) -> None:
+    """Limits the axis to what is reached after a fifth of the steps."""
+    settled = [
+        line["test_accuracy"]
+        for records in lines.values()
+        for record in records
+        if not record.diverged
+        for line in record.evaluations
+        if line.step >= _SETTLED * record.evaluations[-1].step
+    ]
+    low, high = min(settled, default=0.0), max(settled, default=1.0)
+    margin = max(0.05 * (high - low), 0.002)
+    axes.set_ylim(max(low - margin, 0.0), min(high + margin, 1.0))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
 def _use_plain_ticks(axes: Axes) -> None:
     """Ticks of a logarithmic axis that read 0.2, 0.5, 1, 2."""
     low, high = axes.get_ylim()
@@ -149,12 +174,12 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
     legend_columns = min(len(method_of), _LEGEND_COLUMNS)
     legend_rows = math.ceil(len(method_of) / legend_columns)
     with style():
-        size = (WIDTH, 5.0 + 0.2 * (legend_rows - 1))
+        size = (WIDTH, 6.8 + 0.2 * (legend_rows - 1))
         figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(2, len(columns), sharex="col", squeeze=False)
+        axes = figure.subplots(len(_ROWS), len(columns), sharex="col", squeeze=False)
         handles: dict[str, Artist] = {}
         for column, (title, lines) in enumerate(columns.items()):
-            for row, quantity in enumerate(("training_loss", "test_loss")):
+            for row, quantity in enumerate(_ROWS):
                 for label, records in lines.items():
                     shade = shades[method_of[label]]
                     _draw_band(
@@ -165,20 +190,23 @@ def draw(columns: Mapping[str, Mapping[str, Sequence[Record]]], path: Path) -> P
                         shade,
                         opacities[label],
                     )
+                if quantity == "test_accuracy":
+                    _show_settled_accuracies(axes[row, column], lines)
+                    continue
                 axes[row, column].set_yscale("log")
                 _cut_off_diverged_losses(axes[row, column], lines, quantity)
                 _use_plain_ticks(axes[row, column])
             axes[0, column].set_title(title)
             axes[0, column].margins(x=0.0)
-            axes[1, column].set_xlabel("step")
-            axes[1, column].xaxis.set_major_locator(
+            axes[-1, column].set_xlabel("step")
+            axes[-1, column].xaxis.set_major_locator(
                 MaxNLocator(integer=True, steps=[1, 2, 5, 10])
             )
             _note_diverged(axes[0, column], lines)
             found, labels = axes[0, column].get_legend_handles_labels()
             handles |= dict(zip(labels, found, strict=True))
-        axes[0, 0].set_ylabel("training loss")
-        axes[1, 0].set_ylabel("test loss")
+        for row, label in enumerate(_ROWS.values()):
+            axes[row, 0].set_ylabel(label)
         figure.align_ylabels()
         figure.legend(
             handles.values(),

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from dissect_optax.dissection import (
+    FOUR_METHODS,
     Measurement,
     MethodResult,
     Record,
@@ -16,8 +17,8 @@ from dissect_optax.dissection import (
     Tuned,
     get_method,
 )
-from experiments.figures import training_curves
-from experiments.figures.style import color, colors, save
+from experiments.figures import step_sizes, training_curves
+from experiments.figures.style import color, colors, line_style, save
 from experiments.problems import get_problem
 from experiments.reporting import (
     accuracy_table,
@@ -88,7 +89,8 @@ def test_figure_shows_mean_and_deviation_of_both_losses(tmp_path, monkeypatch):
     adam = [made_up_record((3.0, 2.5, 2.25), method="adam")]
     lines = {"M-SGD": [*FINISHED, DIVERGED], "ADAM": adam}
     figure = drawn(monkeypatch, tmp_path, {"MNIST": lines})
-    for axes, above in zip(figure.axes, (0.0, 0.5), strict=True):
+    *losses, accuracies = figure.axes
+    for axes, above in zip(losses, (0.0, 0.5), strict=True):
         by_label = {line.get_label(): line for line in axes.lines}
         mean = np.array([3.0, 2.0, 1.5])
         steps, values = by_label["M-SGD"].get_data()
@@ -105,6 +107,43 @@ def test_figure_shows_mean_and_deviation_of_both_losses(tmp_path, monkeypatch):
         at_end = outline[outline[:, 0] == 20, 1]
         assert at_end.min() == pytest.approx(1.5 + above - math.sqrt(0.5))
         assert at_end.max() == pytest.approx(1.5 + above + math.sqrt(0.5))
+
+    by_label = {line.get_label(): line for line in accuracies.lines}
+    np.testing.assert_allclose(by_label["M-SGD"].get_ydata(), 0.7)
+    # What is reached after the first fifth of the steps fills the axis.
+    assert accuracies.get_ylim() == pytest.approx((0.485, 0.815))
+
+
+def test_where_each_step_size_ends(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        "experiments.figures.step_sizes.save",
+        lambda figure, path: figures.append(figure) or save(figure, path),
+    )
+    runs = [
+        made_up_record((3.0, 2.0), 1, 0.1, accuracy=0.5),
+        made_up_record((3.0, 1.0), 2, 0.1, accuracy=0.7),
+        made_up_record((3.0, math.nan), 1, 1.0),
+        made_up_record((3.0, 0.5), 1, 0.01, accuracy=0.9),
+    ]
+    step_sizes.draw({"M-SGD": runs}, "MNIST", tmp_path / "figure.png")
+    losses, accuracies = figures[0].axes
+    rates, ends = losses.lines[0].get_data()
+    np.testing.assert_allclose(rates, [0.01, 0.1, 1.0])
+    np.testing.assert_allclose(ends, [0.5, 1.5, math.nan])
+    _, ends = accuracies.lines[0].get_data()
+    np.testing.assert_allclose(ends, [0.9, 0.6, math.nan])
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [("adam", "adam_star", "adam_star_mb"), ("m_svag", "m_svag_mb"), FOUR_METHODS],
+)
+def test_lines_of_a_figure_differ_in_more_than_colour(methods):
+    styles = {(line_style(method), color(method)) for method in methods}
+    assert len(styles) == len(methods)
+    if methods != FOUR_METHODS:
+        assert len({line_style(method) for method in methods}) == len(methods)
 
 
 def test_diverged_runs_are_named_in_their_column(tmp_path, monkeypatch):
