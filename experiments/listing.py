@@ -5,13 +5,14 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from dissect_optax.dissection import Record, Store, unfinished_groups
 
-_LOOK = {"box": box.SIMPLE, "pad_edge": False}
+_LOOK: dict[str, Any] = {"box": box.SIMPLE, "pad_edge": False}
 _CONFIGURATION = (
     "problem",
     "optimizer",
