@@ -48,6 +48,7 @@ from dissect_optax.gradient_variance._report import (
 from dissect_optax.gradient_variance._sharding import (
     BatchSharding,
     check_divisible,
+    check_exclusive,
     run_spread,
     spread_of,
 )
@@ -269,6 +270,7 @@ def value_grad_and_variance(
         "Updating formulae and a pairwise algorithm for computing sample variances".
     """
     check_microbatch_size(microbatch_size)
+    check_exclusive(batch_sharding, axis_name)
     settings = _Settings(
         trainable,
         regularizer,
@@ -427,9 +429,7 @@ def _value_grad_and_variance(
     leaves = selection.trainable
     arrays, rest = _arrays_apart((selection.frozen, shared))
     examples = (batch, weights)
-    spread = spread_of(
-        examples, (leaves, arrays), settings.batch_sharding, settings.axis_name
-    )
+    spread = spread_of(examples, (leaves, arrays), settings.batch_sharding)
     measure = functools.partial(_measure, loss, selection, settings, rest)
     if spread is None:
         axis_name = settings.axis_name

@@ -44,7 +44,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(
-    batch: PyTree, others: PyTree, batch_sharding: BatchSharding, axis_name: Any
+    batch: PyTree, others: PyTree, batch_sharding: BatchSharding
 ) -> Spread | None:
     """Where the examples are, by their types or by what the caller says.
 
@@ -54,12 +54,6 @@ def spread_of(
     typed = _spread_by_type(batch, others)
     if batch_sharding is None:
         return typed
-    if axis_name is not None:
-        raise ValueError(
-            "`batch_sharding` and `axis_name` exclude each other, got "
-            f"{batch_sharding!r} and {axis_name!r}. Inside `jax.shard_map` use "
-            "`axis_name`, outside of it `batch_sharding`."
-        )
     said = _spread_by_argument(batch_sharding)
     if typed is not None and typed.axes and typed.axes != said.axes:
         raise ValueError(
@@ -68,6 +62,16 @@ def spread_of(
             "be left out."
         )
     return said
+
+
+def check_exclusive(batch_sharding: BatchSharding, axis_name: Any) -> None:
+    """Reject two answers to where the examples are."""
+    if batch_sharding is not None and axis_name is not None:
+        raise ValueError(
+            "`batch_sharding` and `axis_name` exclude each other, got "
+            f"{batch_sharding!r} and {axis_name!r}. Inside `jax.shard_map` use "
+            "`axis_name`, outside of it `batch_sharding`."
+        )
 
 
 def check_divisible(size: int, spread: Spread) -> None:

@@ -1,0 +1,229 @@
+"""What travels between devices, and what each of them holds, on eight virtual devices.
+
+    python -m benchmarks.sharding variance     # gradient and variance, models × meshes
+    python -m benchmarks.sharding optimizers   # state of every optimizer, ZeRO-1
+    python -m benchmarks.sharding overhead     # time at fixed total work
+
+Everything but the last is read off compiled programs: the collectives in their text
+with the bytes of their results, and the temporary memory per device. A collective
+inside a loop counts once. Eight devices on a few cores show no speed-up, so `overhead`
+compares eight devices with one at the same total work: it is what the division costs,
+and no more than that. Each command adds its part to `results/sharding.json`.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import dissect_optax
+from benchmarks.environment import environment
+from dissect_optax import value_grad_and_variance
+
+OUTPUT = Path("benchmarks/results/sharding.json")
+DEVICES = 8
+EXAMPLES = 16
+
+# ---- Compiled programs ---------------------------------------------------------------
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_COLLECTIVE = re.compile(rf"= (\([^()]*\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+_ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
+
+
+class Collectives(NamedTuple):
+    """How often a collective is in the text of a program, and what it returns."""
+
+    count: int
+    bytes: int
+
+
+def collectives(program: str) -> dict[str, Collectives]:
+    """The collectives in the text of a compiled program."""
+    found: dict[str, Collectives] = {}
+    for result, name in _COLLECTIVE.findall(program):
+        count, size = found.get(name, (0, 0))
+        arrays = _ARRAY.findall(result)
+        found[name] = Collectives(
+            count + 1, size + sum(_bytes(*array) for array in arrays)
+        )
+    return found
+
+
+def _bytes(kind: str, bits: str, shape: str) -> int:
+    """Size of an array, from its type as a program writes it."""
+    size = math.prod(int(n) for n in shape.split(",") if n)
+    return size * (int(bits) // 8 if bits else 1)
+
+
+def bytes_of(tree: Any) -> int:
+    """Size of all arrays of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def set_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
+    """`jax.set_mesh`, also for JAX before 0.8."""
+    if hasattr(jax, "set_mesh"):
+        return jax.set_mesh(mesh)
+    return jax.sharding.use_mesh(mesh)  # type: ignore[attr-defined]
+
+
+# ---- Gradient and variance -----------------------------------------------------------
+
+MESHES = ("auto", "explicit", "shard_map", "shard_map, check_vma")
+
+
+class Model(NamedTuple):
+    """A loss of one example with its arguments."""
+
+    loss: Callable[..., jax.Array]
+    params: Any
+    batch: Any
+    shared: tuple[Any, ...] = ()
+
+
+class Run(NamedTuple):
+    """A compiled program and what it returned."""
+
+    program: Any
+    result: Any
+
+    @property
+    def collectives(self) -> dict[str, Collectives]:
+        """What travels."""
+        return collectives(self.program.as_text())
+
+    @property
+    def memory(self) -> int:
+        """Temporary memory of one device, in bytes."""
+        return int(self.program.memory_analysis().temp_size_in_bytes)
+
+
+def with_examples(model: Model, count: int = EXAMPLES) -> Model:
+    """The model with a batch of so many examples, made of those that it has."""
+    random = np.random.default_rng(0)
+
+    def more(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        rows = leaf[jnp.arange(count) % leaf.shape[0]]
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            rows = rows + 0.3 * jnp.asarray(random.normal(size=rows.shape), rows.dtype)
+        return rows
+
+    return model._replace(batch=jax.tree.map(more, model.batch))
+
+
+def on_one_device(model: Model, **options: Any) -> Run:
+    """Gradient and variance, without a mesh."""
+    measure = value_grad_and_variance(model.loss, **options)
+    return _run(measure, model.params, model.batch, *model.shared)
+
+
+def plain_gradient(model: Model) -> Run:
+    """Value and gradient of the mean loss, the batch spread over a mesh."""
+
+    def mean_loss(params: Any, batch: Any, *shared: Any) -> jax.Array:
+        one = functools.partial(model.loss, params)
+        return jax.vmap(lambda example: one(example, *shared))(batch).mean()
+
+    return _run(jax.value_and_grad(mean_loss), *_placed(model, _mesh(AxisType.Auto)))
+
+
+def on_a_mesh(model: Model, kind: str, **options: Any) -> Run:
+    """Gradient and variance, the batch spread over a mesh of one of the `MESHES`."""
+    mesh = _mesh(AxisType.Explicit if kind == "explicit" else AxisType.Auto)
+    arguments = _placed(model, mesh)
+    if kind == "explicit":
+        with set_mesh(mesh):
+            return _run(value_grad_and_variance(model.loss, **options), *arguments)
+    batch = PartitionSpec("data")
+    if kind == "auto":
+        options["batch_sharding"] = NamedSharding(mesh, batch)
+        return _run(value_grad_and_variance(model.loss, **options), *arguments)
+    everywhere = (PartitionSpec(),) * len(model.shared)
+    mapped = jax.shard_map(
+        value_grad_and_variance(model.loss, axis_name="data", **options),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), batch, *everywhere),
+        out_specs=PartitionSpec(),
+        check_vma=kind.endswith("check_vma"),
+    )
+    return _run(mapped, *arguments)
+
+
+def _mesh(kind: AxisType) -> Mesh:
+    """All devices along one axis."""
+    return Mesh(np.array(jax.devices()), ("data",), axis_types=(kind,))
+
+
+def _placed(model: Model, mesh: Mesh) -> tuple[Any, ...]:
+    """Arguments of the loss's mean: the batch is spread, the others are everywhere."""
+    batch = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return (
+        jax.device_put(model.params, everywhere),
+        jax.device_put(model.batch, batch),
+        *jax.device_put(model.shared, everywhere),
+    )
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> Run:
+    """Compile and run."""
+    program = jax.jit(function).lower(*arguments).compile()
+    return Run(program, jax.tree.map(_on_host, program(*arguments)))
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    return np.asarray(leaf)
+
+
+def difference(result: Any, expected: Any) -> float:
+    """Largest difference of two trees, in units of the largest element of an array."""
+    return max(
+        float(np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-30))
+        for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True)
+    )
+
+
+def row_of(kind: str, run: Run, expected: Any = None) -> dict[str, Any]:
+    """A row of the table."""
+    return {
+        "mesh": kind,
+        "error": None if expected is None else difference(run.result, expected),
+        "collectives": {k: v._asdict() for k, v in run.collectives.items()},
+        "temporary bytes per device": run.memory,
+        "gradient bytes": bytes_of(run.result[1]),
+        "variance bytes": bytes_of(run.result[2]) if len(run.result) == 3 else 0,
+    }
+
+
+def variance_rows(
+    name: str, model: Model, meshes: tuple[str, ...] = MESHES
+) -> Iterator[dict[str, Any]]:
+    """Rows of one model: one device, the plain gradient, and every kind of mesh."""
+    model = with_examples(model)
+    alone = on_one_device(model)
+    yield {"model": name, **row_of("one device", alone)}
+    yield {"model": name, **row_of("plain gradient", plain_gradient(model))}
+    for kind in meshes:
+        run = on_a_mesh(model, kind)
+        yield {"model": name, **row_of(kind, run, alone.result)}
