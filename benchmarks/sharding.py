@@ -29,9 +29,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-import dissect_optax
 from benchmarks.environment import environment
-from dissect_optax import value_grad_and_variance
+from dissect_optax import family, value_grad_and_variance
 
 OUTPUT = Path("benchmarks/results/sharding.json")
 DEVICES = 8
@@ -140,12 +139,17 @@ def on_one_device(model: Model, **options: Any) -> Run:
 
 def plain_gradient(model: Model) -> Run:
     """Value and gradient of the mean loss, the batch spread over a mesh."""
+    return _run(_mean_gradient(model), *_placed(model, _mesh(AxisType.Auto)))
+
+
+def _mean_gradient(model: Model) -> Callable[..., Any]:
+    """Value and gradient of the mean loss of a batch."""
 
     def mean_loss(params: Any, batch: Any, *shared: Any) -> jax.Array:
         one = functools.partial(model.loss, params)
         return jax.vmap(lambda example: one(example, *shared))(batch).mean()
 
-    return _run(jax.value_and_grad(mean_loss), *_placed(model, _mesh(AxisType.Auto)))
+    return jax.value_and_grad(mean_loss)
 
 
 def on_a_mesh(model: Model, kind: str, **options: Any) -> Run:
@@ -227,3 +231,190 @@ def variance_rows(
     for kind in meshes:
         run = on_a_mesh(model, kind)
         yield {"model": name, **row_of(kind, run, alone.result)}
+
+
+# ---- Optimizers ----------------------------------------------------------------------
+
+WIDTHS = 64, 128
+
+
+def _layer_loss(params: Any, example: jax.Array) -> jax.Array:
+    """Loss of one example of one dense layer."""
+    return jnp.square(jnp.tanh(example @ params["w"] + params["b"])).sum()
+
+
+def _layer() -> Any:
+    """Parameters of one dense layer."""
+    random = np.random.default_rng(0)
+    w = jnp.asarray(random.normal(size=WIDTHS) / 8, jnp.float32)
+    return {"w": w, "b": jnp.zeros(WIDTHS[1])}
+
+
+def spread_leaves(mesh: Mesh, tree: Any) -> Any:
+    """Shardings that spread the leading axis of all leaves that divide by the mesh."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        divides = leaf.ndim > 0 and leaf.shape[0] % mesh.size == 0
+        return NamedSharding(mesh, PartitionSpec(*["data"] * divides))
+
+    return jax.tree.map(sharding, tree)
+
+
+class ZeroStep(NamedTuple):
+    """A training step whose optimizer state is spread over the batch's devices."""
+
+    initial: tuple[Any, Any]
+    step: Callable[..., tuple[Any, Any]]
+    batch: jax.Array
+    shardings: Any
+    """Of the state."""
+
+
+def zero_step(member: family.Member) -> ZeroStep:
+    """ZeRO-1: parameters on every device, an eighth of the moments on each."""
+    mesh = _mesh(AxisType.Auto)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_example = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(_layer(), everywhere)
+    rows = np.random.default_rng(1).normal(size=(2 * DEVICES, WIDTHS[0]))
+    batch = jax.device_put(jnp.asarray(rows, jnp.float32), by_example)
+    tx = optax.with_extra_args_support(member.factory(1e-3))
+    shardings = spread_leaves(mesh, jax.eval_shape(tx.init, params))
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    slices = spread_leaves(mesh, params)
+    measure = value_grad_and_variance(_layer_loss, batch_sharding=by_example)
+
+    def mean_loss(params: Any, batch: jax.Array) -> jax.Array:
+        return jax.vmap(_layer_loss, (None, 0))(params, batch).mean()
+
+    @functools.partial(
+        jax.jit, donate_argnums=(0, 1), out_shardings=(everywhere, shardings)
+    )
+    def step(params: Any, state: Any, batch: jax.Array) -> tuple[Any, Any]:
+        further = {}
+        if member.needs_variance:
+            _, grad, variance = measure(params, batch)
+            variance = jax.lax.with_sharding_constraint(variance, slices)
+            further = {"grad_variance": variance}
+        else:
+            grad = jax.grad(mean_loss)(params, batch)
+        grad = jax.lax.with_sharding_constraint(grad, slices)
+        updates, state = tx.update(grad, state, params, **further)
+        updates = jax.lax.with_sharding_constraint(updates, everywhere)
+        return optax.apply_updates(params, updates), state
+
+    return ZeroStep((params, state), step, batch, shardings)
+
+
+def optimizer_rows() -> Iterator[dict[str, Any]]:
+    """What the state of every optimizer takes, and what its ZeRO-1 step sends."""
+    for name, member in family.MEMBERS.items():
+        zero = zero_step(member)
+        params, state = zero.initial
+        program = zero.step.lower(params, state, zero.batch).compile()  # type: ignore[attr-defined]
+        size = bytes_of(params)
+        yield {
+            "optimizer": name,
+            "needs variance": member.needs_variance,
+            "state bytes per parameter byte": bytes_of(state) / size,
+            "state bytes per device and parameter byte": bytes_on_device(state) / size,
+            "parameter bytes": size,
+            "collectives": {
+                k: v._asdict() for k, v in collectives(program.as_text()).items()
+            },
+        }
+
+
+def bytes_on_device(tree: Any) -> int:
+    """What the first device holds of a tree of arrays."""
+    return sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(tree))
+
+
+# ---- Time ----------------------------------------------------------------------------
+
+
+def overhead_rows(
+    names: list[str], batch: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Seconds per call on eight devices over those on one, for the same batch."""
+    from benchmarks.networks import NETWORKS
+
+    for name in names:
+        network = NETWORKS[name](batch)
+        model = Model(network.loss, network.params, network.batch)
+        split = _mesh(AxisType.Auto)
+        options = {"batch_sharding": NamedSharding(split, PartitionSpec("data"))}
+        programs = {
+            "plain, one": (_mean_gradient(model), (model.params, model.batch)),
+            "plain, eight": (_mean_gradient(model), _placed(model, split)),
+            "variance, one": (
+                value_grad_and_variance(model.loss),
+                (model.params, model.batch),
+            ),
+            "variance, eight": (
+                value_grad_and_variance(model.loss, **options),
+                _placed(model, split),
+            ),
+        }
+        compiled = {
+            label: (jax.jit(function).lower(*arguments).compile(), arguments)
+            for label, (function, arguments) in programs.items()
+        }
+        seconds: dict[str, list[float]] = {label: [] for label in compiled}
+        for _ in range(rounds + 1):
+            for label, (program, arguments) in compiled.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program(*arguments))
+                seconds[label].append(time.perf_counter() - start)
+        row: dict[str, Any] = {"network": name, "batch": batch, "rounds": rounds}
+        for label, times in seconds.items():
+            row[f"milliseconds, {label}"] = 1e3 * statistics.median(times[1:])
+        for kind in ("plain", "variance"):
+            pairs = zip(
+                seconds[f"{kind}, eight"][1:], seconds[f"{kind}, one"][1:], strict=True
+            )
+            row[f"ratio, {kind}"] = statistics.median(a / b for a, b in pairs)
+        yield row
+
+
+# ---- Command -------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("variance", "optimizers", "overhead"))
+    parser.add_argument("--models", nargs="+", help="of the tests; all by default")
+    parser.add_argument("--networks", nargs="+", default=["mnist_mlp", "lstm"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    measured = {
+        "variance": lambda: _all_variance_rows(args.models),
+        "optimizers": optimizer_rows,
+        "overhead": lambda: overhead_rows(args.networks, args.batch, args.rounds),
+    }[args.what]()
+    rows: list[dict[str, Any]] = []
+    for row in measured:
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        report = json.loads(args.output.read_text()) if args.output.exists() else {}
+        report[args.what] = {"environment": environment(), "rows": rows}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nWritten to {args.output}")
+
+
+def _all_variance_rows(names: list[str] | None) -> Iterator[dict[str, Any]]:
+    """Rows of the models of the tests."""
+    from tests.gradient_variance.models import MODELS
+
+    for name in names or MODELS:
+        loss, params, batch, _, shared = MODELS[name]()
+        yield from variance_rows(name, Model(loss, params, batch, shared))
+
+
+if __name__ == "__main__":
+    main()
