@@ -238,7 +238,7 @@ def variance_rows(
 WIDTHS = 64, 128
 
 
-def _layer_loss(params: Any, example: jax.Array) -> jax.Array:
+def layer_loss(params: Any, example: jax.Array) -> jax.Array:
     """Loss of one example of one dense layer."""
     return jnp.square(jnp.tanh(example @ params["w"] + params["b"])).sum()
 
@@ -282,10 +282,10 @@ def zero_step(member: family.Member) -> ZeroStep:
     shardings = spread_leaves(mesh, jax.eval_shape(tx.init, params))
     state = jax.jit(tx.init, out_shardings=shardings)(params)
     slices = spread_leaves(mesh, params)
-    measure = value_grad_and_variance(_layer_loss, batch_sharding=by_example)
+    measure = value_grad_and_variance(layer_loss, batch_sharding=by_example)
 
     def mean_loss(params: Any, batch: jax.Array) -> jax.Array:
-        return jax.vmap(_layer_loss, (None, 0))(params, batch).mean()
+        return jax.vmap(layer_loss, (None, 0))(params, batch).mean()
 
     @functools.partial(
         jax.jit, donate_argnums=(0, 1), out_shardings=(everywhere, shardings)
