@@ -202,8 +202,8 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
     return np.asarray(leaf)
 
 
-# What is less, in a variance in float64, is the square of a rounding error: the examples
-# have the same gradient, which is added up in another order.
+# What is less, in a variance in float64, is a rounding error squared: all examples have
+# the same gradient, which is added up in another order.
 SMALLEST = 1e-20
 
 

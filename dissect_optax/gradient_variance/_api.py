@@ -238,6 +238,8 @@ def value_grad_and_variance(
         - A batched loss that is a sum, or that divides by a total over the batch (of
           mask entries, say), differs from the mean of its values on single examples,
           and only the latter is computed; `weights` expresses the division.
+        - On several devices, a parameter whose gradient is the same for all examples
+          may have the square of a rounding error for its variance, and not zero.
         - With `batched`, `aux` has the batch axis of length one after the stacked one.
         - A parameter that the loss does not use has gradient and variance zero.
         - Python floats are parameters; Python integers and bools are not.
@@ -263,6 +265,15 @@ def value_grad_and_variance(
         >>> bool(jnp.allclose(grad["w"], each.mean(0)))
         True
         >>> bool(jnp.allclose(variance["w"], each.var(0, ddof=1) / 3))
+        True
+
+        On several devices, each with its own examples:
+
+        >>> mesh = jax.sharding.Mesh(jax.devices()[:3], ("data",))
+        >>> split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        >>> measure = jax.jit(value_grad_and_variance(loss, batch_sharding=split))
+        >>> _, _, other = measure(params, jax.device_put(batch, split))
+        >>> bool(jnp.allclose(other["w"], variance["w"]))
         True
 
     References:
