@@ -16,6 +16,7 @@ division costs, and no more than that. Each command adds its part to
 import argparse
 import contextlib
 import functools
+import importlib
 import json
 import math
 import re
@@ -32,6 +33,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.environment import environment
+from benchmarks.networks import NETWORKS
 from dissect_optax import family, value_grad_and_variance
 
 OUTPUT = Path("benchmarks/results/sharding.json")
@@ -344,8 +346,6 @@ def overhead_rows(
     names: list[str], batch: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Seconds per call on eight devices over those on one, for the same batch."""
-    from benchmarks.networks import NETWORKS
-
     for name in names:
         network = NETWORKS[name](batch)
         model = Model(network.loss, network.params, network.batch)
@@ -428,10 +428,9 @@ def _kept_rows(path: Path, what: str, names: list[str] | None) -> list[dict[str,
 
 def _all_variance_rows(names: list[str] | None) -> Iterator[dict[str, Any]]:
     """Rows of the models of the tests."""
-    from tests.gradient_variance.models import MODELS
-
-    for name in names or MODELS:
-        loss, params, batch, _, shared = MODELS[name]()
+    models = importlib.import_module("tests.gradient_variance.models").MODELS
+    for name in names or models:
+        loss, params, batch, _, shared = models[name]()
         yield from variance_rows(name, Model(loss, params, batch, shared))
 
 
