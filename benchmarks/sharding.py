@@ -56,7 +56,7 @@ _ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
 class Collectives(NamedTuple):
     """How often a collective is in the text of a program, and what it returns."""
 
-    count: int
+    number: int
     bytes: int
 
 
@@ -70,6 +70,11 @@ def collectives(program: str) -> dict[str, Collectives]:
             count + 1, size + sum(_bytes(*array) for array in arrays)
         )
     return found
+
+
+def in_words(found: dict[str, Collectives]) -> dict[str, dict[str, int]]:
+    """The same as it is written to a file."""
+    return {k: {"count": number, "bytes": size} for k, (number, size) in found.items()}
 
 
 def _bytes(kind: str, bits: str, shape: str) -> int:
@@ -222,7 +227,7 @@ def row_of(kind: str, run: Run, expected: Any = None) -> dict[str, Any]:
     return {
         "mesh": kind,
         "error": None if expected is None else difference(run.result, expected),
-        "collectives": {k: v._asdict() for k, v in run.collectives.items()},
+        "collectives": in_words(run.collectives),
         "temporary bytes per device": run.memory,
         "gradient bytes": bytes_of(run.result[1]),
         "variance bytes": bytes_of(run.result[2]) if len(run.result) == 3 else 0,
@@ -328,9 +333,7 @@ def optimizer_rows() -> Iterator[dict[str, Any]]:
             "state bytes per parameter byte": bytes_of(state) / size,
             "state bytes per device and parameter byte": bytes_on_device(state) / size,
             "parameter bytes": size,
-            "collectives": {
-                k: v._asdict() for k, v in collectives(program.as_text()).items()
-            },
+            "collectives": in_words(collectives(program.as_text())),
         }
 
 
@@ -350,7 +353,7 @@ def overhead_rows(
         network = NETWORKS[name](batch)
         model = Model(network.loss, network.params, network.batch)
         split = _mesh(AxisType.Auto)
-        options = {"batch_sharding": NamedSharding(split, PartitionSpec("data"))}
+        by_example = NamedSharding(split, PartitionSpec("data"))
         programs = {
             "plain, one": (_mean_gradient(model), (model.params, model.batch)),
             "plain, eight": (_mean_gradient(model), _placed(model, split)),
@@ -359,7 +362,7 @@ def overhead_rows(
                 (model.params, model.batch),
             ),
             "variance, eight": (
-                value_grad_and_variance(model.loss, **options),
+                value_grad_and_variance(model.loss, batch_sharding=by_example),
                 _placed(model, split),
             ),
         }
