@@ -31,6 +31,7 @@ PAGES = {
         "docs/dissect",
         "docs/gradient_variance",
         "docs/numerics",
+        "docs/scaling",
         "docs/theory",
     ],
     "Results": ["docs/reproduction", "docs/results", "benchmarks/README"],

@@ -34,6 +34,7 @@ from dissect_optax.gradient_variance._parameters import (
 )
 from dissect_optax.gradient_variance._plan import (
     Plan,
+    Summary,
     plan_of,
     summarize,
     variance_factor,
@@ -44,7 +45,15 @@ from dissect_optax.gradient_variance._report import (
     VarianceRoute,
     warn_of_stored,
 )
+from dissect_optax.gradient_variance._sharding import (
+    BatchSharding,
+    check_divisible,
+    check_exclusive,
+    run_spread,
+    spread_of,
+)
 from dissect_optax.gradient_variance._terms import stored_parts
+from dissect_optax.gradient_variance._varying import run_as_on_one_device
 
 PyTree = Any
 
@@ -108,6 +117,19 @@ class _Loss:
         return jnp.asarray(value), aux
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """How the variance is taken: arguments of `value_grad_and_variance`."""
+
+    trainable: Trainable = None
+    regularizer: Callable[[PyTree], jax.Array] | None = None
+    microbatch_size: int | None = None
+    two_pass: bool = False
+    precision: jax.lax.PrecisionLike = None
+    axis_name: Any = None
+    batch_sharding: BatchSharding = None
+
+
 def value_grad_and_variance(
     loss: Callable[..., Any],
     *,
@@ -119,6 +141,9 @@ def value_grad_and_variance(
     two_pass: bool = False,
     precision: jax.lax.PrecisionLike = None,
     axis_name: Any = None,
+    batch_sharding: jax.sharding.NamedSharding
+    | jax.sharding.PartitionSpec
+    | None = None,
 ) -> Callable[..., tuple[Any, PyTree, PyTree]]:
     r"""Like `jax.value_and_grad` over a batch, with the variance of the mean gradient.
 
@@ -167,9 +192,16 @@ def value_grad_and_variance(
             see Notes.
         precision: Precision of the products that sums and squares are taken with, as
             in `jax.lax.dot_general`. None takes that of the product in the gradient.
-        axis_name: Name of a mapped axis (`jax.shard_map` with `check_vma=False`,
-            `jax.vmap`) over which the examples are spread; the result is that of all
-            of them.
+        axis_name: Name of a mapped axis, or several, (`jax.shard_map` with or without
+            `check_vma`, `jax.vmap`) over which the examples are spread; the result is
+            that of all of them.
+        batch_sharding: Sharding of `batch` over a mesh with axes of type Auto, as it
+            was given to `jax.device_put(batch, batch_sharding)`, or a `PartitionSpec`
+            of the mesh in context; what it says of the leading axis counts. Every
+            device then measures its own examples, and only a mean and a spread per
+            parameter travel; without it the result is the same, but the compiler may
+            collect all examples on every device. With axes of type Explicit it is
+            read off the arrays. `microbatch_size` counts the examples on one device.
 
     Returns:
         A function of `(params, batch, *shared, weights=None)`. `batch` is a tree of
@@ -190,7 +222,10 @@ def value_grad_and_variance(
             Traced weights cannot be checked: where fewer than two of them are
             positive, the gradient is that of the one example, or zero without any,
             and the variance is zero. If `trainable` freezes everything or does not fit
-            `params`.
+            `params`. If the batch does not divide by the devices that it is spread
+            over; if its leaves are spread over different axes; if `batch_sharding` is
+            given together with `axis_name`, or differs from the arrays' own.
+        NameError: If `axis_name` is not a mapped axis.
 
     Warns:
         UserWarning: If the program subtracts from a value its mean over axes of length
@@ -203,6 +238,8 @@ def value_grad_and_variance(
         - A batched loss that is a sum, or that divides by a total over the batch (of
           mask entries, say), differs from the mean of its values on single examples,
           and only the latter is computed; `weights` expresses the division.
+        - On several devices, a parameter whose gradient is the same for all examples
+          may have the square of a rounding error for its variance, and not zero.
         - With `batched`, `aux` has the batch axis of length one after the stacked one.
         - A parameter that the loss does not use has gradient and variance zero.
         - Python floats are parameters; Python integers and bools are not.
@@ -230,20 +267,32 @@ def value_grad_and_variance(
         >>> bool(jnp.allclose(variance["w"], each.var(0, ddof=1) / 3))
         True
 
+        On several devices, each with its own examples:
+
+        >>> mesh = jax.sharding.Mesh(jax.devices()[:3], ("data",))
+        >>> split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        >>> measure = jax.jit(value_grad_and_variance(loss, batch_sharding=split))
+        >>> _, _, other = measure(params, jax.device_put(batch, split))
+        >>> bool(jnp.allclose(other["w"], variance["w"]))
+        True
+
     References:
         Balles & Hennig, "Dissecting Adam", §C.1; Chan, Golub & LeVeque (1979),
         "Updating formulae and a pairwise algorithm for computing sample variances".
     """
     check_microbatch_size(microbatch_size)
-    return functools.partial(
-        _value_grad_and_variance,
-        _Loss(loss, has_aux, batched),
+    check_exclusive(batch_sharding, axis_name)
+    settings = _Settings(
         trainable,
         regularizer,
         microbatch_size,
         two_pass,
         precision,
         axis_name,
+        batch_sharding,
+    )
+    return functools.partial(
+        _value_grad_and_variance, _Loss(loss, has_aux, batched), settings
     )
 
 
@@ -312,49 +361,33 @@ def _explain_variance(
     size = _batch_size(batch)
     selection = select_parameters(params, trainable)
     # What the loss closes over must be arrays for it, so shapes become tracers.
-    others, tree = jax.tree.flatten((selection.frozen, shared))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in others]
-    arrays = [leaf for leaf, known in zip(others, is_array, strict=True) if known]
-
-    def with_arrays(arrays: list[jax.Array]) -> tuple[list[Any], tuple[Any, ...]]:
-        given = iter(arrays)
-        leaves = [
-            next(given) if known else leaf
-            for leaf, known in zip(others, is_array, strict=True)
-        ]
-        frozen, shared = jax.tree.unflatten(tree, leaves)
-        return frozen, shared
+    arrays, rest = _arrays_apart((selection.frozen, shared))
 
     plans = []
 
     def make_plan(arrays: list[jax.Array]) -> None:
-        frozen, shared = with_arrays(arrays)
-        plans.append(_plan(loss, selection, frozen, batch, shared))
+        frozen, shared = rest.joined(arrays)
+        plans.append(_plan(loss, selection, selection.trainable, frozen, batch, shared))
 
     jax.eval_shape(make_plan, arrays)
 
     def mean_loss(
         leaves: list[Any], arrays: list[jax.Array], batch: PyTree
     ) -> jax.Array:
-        frozen, shared = with_arrays(arrays)
+        frozen, shared = rest.joined(arrays)
         one = functools.partial(loss.of_one, selection.full(leaves, frozen))
         values, _ = jax.vmap(lambda example: one(example, shared))(batch)
         return values.mean()
 
     def measured(leaves: list[Any], arrays: list[jax.Array], batch: PyTree) -> Any:
-        frozen, shared = with_arrays(arrays)
+        frozen, shared = rest.joined(arrays)
         full = selection.full(leaves, frozen)
         # Examples that mix were warned of before.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _value_grad_and_variance(
                 loss,
-                selection.results([True] * len(leaves), False),
-                None,
-                None,
-                False,
-                None,
-                None,
+                _Settings(selection.results([True] * len(leaves), False)),
                 full,
                 batch,
                 *shared,
@@ -386,12 +419,7 @@ def _explain_variance(
 
 def _value_grad_and_variance(
     loss: _Loss,
-    trainable: Trainable,
-    regularizer: Callable[[PyTree], jax.Array] | None,
-    microbatch_size: int | None,
-    two_pass: bool,
-    precision: jax.lax.PrecisionLike,
-    axis_name: Any,
+    settings: _Settings,
     params: PyTree,
     batch: PyTree,
     *shared: Any,
@@ -400,46 +428,138 @@ def _value_grad_and_variance(
     """The function that `value_grad_and_variance` returns."""
     batch = jax.tree.map(jnp.asarray, batch)
     size = _batch_size(batch)
-    # The sum of ones over an axis is its size, a Python number.
-    total = size if axis_name is None else size * jax.lax.psum(1, axis_name)
+    total = size * _mapped_parts(settings.axis_name)
     if total < 2:
         raise ValueError(
             "The variance of a gradient needs a batch of at least two examples, got "
             f"{total}. Use `jax.value_and_grad` for a single example."
         )
     if weights is not None:
-        weights = relative_weights(checked_weights(weights, size), axis_name)
-    selection = select_parameters(params, trainable)
+        weights = checked_weights(weights, size)
+    selection = select_parameters(params, settings.trainable)
     leaves = selection.trainable
-    plan = _plan(loss, selection, selection.frozen, batch, shared, two_pass, precision)
-    part = size if microbatch_size is None else min(microbatch_size, size)
-    merged = part < size or axis_name is not None
-    run = functools.partial(summarize, plan, two_pass, precision, not merged, leaves)
-    examples = (jax.tree.leaves(batch), weights)
-    if part < size:
-        summary, aux = in_microbatches(run, examples, size, part)
+    arrays, rest = _arrays_apart((selection.frozen, shared))
+    examples = (batch, weights)
+    spread = spread_of(examples, (leaves, arrays), settings.batch_sharding)
+    measure = functools.partial(_measure, loss, selection, settings, rest)
+    if spread is None:
+        axis_name = settings.axis_name
+        result = measure(size, axis_name, (leaves, arrays), examples)
     else:
-        summary, aux = run(examples)
-    if axis_name is not None:
-        summary = merged_over_axis(summary, axis_name)
+        check_divisible(size, spread)
+        axis_name = spread.axes or settings.axis_name
+        on_each = functools.partial(measure, size // spread.parts, axis_name)
+        given = (list(map(jnp.asarray, leaves)), arrays)
+        result = run_spread(on_each, spread, given, examples)
+    (value, own_value), (grads, variances), aux = result
+    if settings.regularizer is not None:
+        penalty = functools.partial(_penalty, settings.regularizer, selection)
+        extra, extra_grads = jax.value_and_grad(penalty)(leaves)
+        own_value = (value + extra).astype(own_value.dtype)
+        grads = [g + e for g, e in zip(grads, extra_grads, strict=True)]
+    grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
+    return (
+        (own_value, aux) if loss.has_aux else own_value,
+        selection.results(grads),
+        selection.results(variances),
+    )
 
+
+def _measure(
+    loss: _Loss,
+    selection: Selection,
+    settings: _Settings,
+    rest: "_Rest",
+    size: int,
+    axis_name: Any,
+    given: tuple[list[Any], list[jax.Array]],
+    examples: tuple[PyTree, jax.Array | None],
+) -> tuple[
+    tuple[jax.Array, jax.Array], tuple[list[jax.Array], list[jax.Array]], PyTree
+]:
+    """Value, means and variances, and auxiliary output; of all along `axis_name`.
+
+    The value comes twice: as it was added up, and in the dtype of the loss.
+    """
+    batch, weights = examples
+    if weights is not None:
+        weights = relative_weights(weights, axis_name)
+    part = size if settings.microbatch_size is None else settings.microbatch_size
+    part = min(part, size)
+    merged = part < size or axis_name is not None
+
+    def summarized(
+        given: tuple[list[Any], list[jax.Array]],
+        examples: tuple[PyTree, jax.Array | None],
+    ) -> tuple[Summary, jax.Array, PyTree]:
+        leaves, arrays = given
+        batch, weights = examples
+        frozen, shared = rest.joined(arrays)
+        two_pass, precision = settings.two_pass, settings.precision
+        plan = _plan(
+            loss, selection, leaves, frozen, batch, shared, two_pass, precision
+        )
+        run = functools.partial(
+            summarize, plan, two_pass, precision, not merged, leaves
+        )
+        stacks = (jax.tree.leaves(batch), weights)
+        if part < size:
+            summary, aux = in_microbatches(run, stacks, size, part)
+        else:
+            summary, aux = run(stacks)
+        kind = jnp.zeros((), dtype_of(plan.value))
+        return summary, kind, jax.tree.unflatten(plan.aux_tree, aux)
+
+    summary, kind, aux = run_as_on_one_device(summarized, given, (batch, weights))
+    if axis_name is not None:
+        summary = merged_over_axis(summary, axis_name, size, weights is None)
     variances = summary.spreads
     if merged:
         factor = variance_factor(summary.weight, summary.squared_weight)
         variances = [s * factor.astype(s.dtype) for s in variances]
-    value, grads = summary.value, summary.means
-    if regularizer is not None:
-        penalty = functools.partial(_penalty, regularizer, selection)
-        extra, extra_grads = jax.value_and_grad(penalty)(leaves)
-        value = value + extra
-        grads = [g + e for g, e in zip(grads, extra_grads, strict=True)]
-    grads = [g.astype(jnp.result_type(p)) for g, p in zip(grads, leaves, strict=True)]
-    value = value.astype(dtype_of(plan.value))
-    return (
-        (value, jax.tree.unflatten(plan.aux_tree, aux)) if loss.has_aux else value,
-        selection.results(grads),
-        selection.results(variances),
-    )
+    value = summary.value
+    return (value, value.astype(kind.dtype)), (summary.means, variances), aux
+
+
+def _mapped_parts(axis_name: Any) -> int:
+    """Number of parts that the examples have along mapped axes."""
+    if axis_name is None:
+        return 1
+    try:
+        # The sum of ones over an axis is its size, a Python number.
+        parts: int = jax.lax.psum(1, axis_name)
+    except NameError as error:
+        raise NameError(
+            f"`axis_name={axis_name!r}` must be an axis that `jax.shard_map` or "
+            "`jax.vmap` maps over around this call. For a sharded batch under "
+            "`jax.jit`, use `batch_sharding`."
+        ) from error
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """A tree without its arrays."""
+
+    tree: Any
+    leaves: list[Any]
+    is_array: list[bool]
+
+    def joined(self, arrays: list[jax.Array]) -> Any:
+        """The tree with arrays in place of its own."""
+        given = iter(arrays)
+        pairs = zip(self.leaves, self.is_array, strict=True)
+        leaves = [next(given) if known else leaf for leaf, known in pairs]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _arrays_apart(tree: PyTree) -> tuple[list[jax.Array], _Rest]:
+    """The arrays of a tree, or shapes of such, and the rest, which may be anything."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    arrays = [leaf for leaf, known in zip(leaves, is_array, strict=True) if known]
+    rest = [None if known else x for x, known in zip(leaves, is_array, strict=True)]
+    return arrays, _Rest(structure, rest, is_array)
 
 
 def _penalty(
@@ -457,6 +577,7 @@ def _penalty(
 def _plan(
     loss: _Loss,
     selection: Selection,
+    leaves: list[Any],
     frozen: list[Any],
     batch: PyTree,
     shared: Sequence[Any],
@@ -474,15 +595,13 @@ def _plan(
 
     plan = plan_of(
         jax.value_and_grad(one, has_aux=True),
-        selection.trainable,
+        leaves,
         example,
         two_pass=two_pass,
         precision=precision,
     )
     jaxpr = plan.program.jaxpr
-    if not (
-        loss.batched and warn_of_mixing(whole, selection.trainable, example, jaxpr)
-    ):
+    if not (loss.batched and warn_of_mixing(whole, leaves, example, jaxpr)):
         warn_of_centering(jaxpr, jaxpr.invars[plan.parameter_count :])
     return plan
 

@@ -92,27 +92,55 @@ def _merge_next(
     return merged, aux
 
 
-def merged_over_axis(summary: Summary, axis_name: Any) -> Summary:
-    """Summary of all devices along a mapped axis."""
-    weight = jax.lax.psum(summary.weight, axis_name)
-    share = summary.weight / jnp.where(weight > 0, weight, 1)
-    means = [
-        jax.lax.psum(share.astype(m.real.dtype) * m, axis_name) for m in summary.means
-    ]
-    spreads = [
-        jax.lax.psum(
-            share.astype(s.dtype) * (s + _formulas.squared_magnitude(local - mean)),
-            axis_name,
+def merged_over_axis(
+    summary: Summary, axis_name: Any, size: int, equal: bool
+) -> Summary:
+    """Summary of all devices along a mapped axis, each with `size` examples.
+
+    `equal` says that all examples have the same weight.
+
+    With the shares w of the parts, the mean is Σ w m over their means m, and the spread
+    is Σ w (s + |m - mean|²): two arrays are added up, one after the other.
+    """
+    parts = jax.lax.psum(1, axis_name)
+    total = functools.partial(jax.lax.psum, axis_name=axis_name)
+    if equal:
+        # What is known of all devices need not be asked of them.
+        dtype = summary.weight.dtype
+        weight = squared_weight = jnp.asarray(size * parts, dtype)
+        share = jnp.asarray(1 / parts, dtype)
+        value, means = total((share * summary.value, _times(share, summary.means)))
+    else:
+        # Weights are at most one, so that a mean never grows on the way.
+        part = summary.weight / (size * parts)
+        weight, squared_weight, value, means = total(
+            (
+                summary.weight,
+                summary.squared_weight,
+                part * summary.value,
+                _times(part, summary.means),
+            )
         )
-        for s, local, mean in zip(summary.spreads, summary.means, means, strict=True)
-    ]
-    return Summary(
-        weight,
-        jax.lax.psum(summary.squared_weight, axis_name),
-        jax.lax.psum(share * summary.value, axis_name),
-        means,
-        spreads,
+        safe = jnp.where(weight > 0, weight, 1)
+        share, rest = summary.weight / safe, size * parts / safe
+        value, means = rest * value, _times(rest, means)
+    spreads = total(
+        _times(
+            share,
+            [
+                s + _formulas.squared_magnitude(local - mean)
+                for s, local, mean in zip(
+                    summary.spreads, summary.means, means, strict=True
+                )
+            ],
+        )
     )
+    return Summary(weight, squared_weight, value, means, spreads)
+
+
+def _times(factor: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+    """Arrays times a scalar, in their own dtypes."""
+    return [factor.astype(x.real.dtype) * x for x in arrays]
 
 
 # ---- Weights -----------------------------------------------------------------------

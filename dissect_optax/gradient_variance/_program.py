@@ -259,9 +259,14 @@ def known_value(program: ClosedJaxpr, atom: Atom) -> np.ndarray | None:
 def run_equation(equation: JaxprEqn, *operands: Any) -> list[Any]:
     """Outputs of one equation; `operands` replace its variables, literals stay."""
     values = iter(operands)
-    inputs = [
-        v.val if isinstance(v, Literal) else next(values) for v in equation.invars
-    ]
+    return bind(
+        equation,
+        [v.val if isinstance(v, Literal) else next(values) for v in equation.invars],
+    )
+
+
+def bind(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Outputs of one equation; `inputs` replace its variables and literals."""
     bound = equation.primitive.get_bind_params(equation.params)
     # Older versions of JAX give the functions that a primitive calls beside them.
     functions, params = bound if isinstance(bound, tuple) else ((), bound)

@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "gradient_variance.md"
 def recipe():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     # The first block makes the model and the batch, the last one shards them.
-    assert "shard_map" in blocks[-1]
+    assert "batch_sharding" in blocks[-1]
     return blocks[0] + blocks[-1]
 
 
