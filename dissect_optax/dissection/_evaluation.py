@@ -13,12 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dissect_optax.dissection._data import (
     TRAINING_EXAMPLES_EVALUATED,
     Data,
     first_examples,
     number_of_examples,
+)
+from dissect_optax.dissection._meshes import (
+    DATA,
+    REPLICA,
+    constrain,
+    everywhere,
+    make_mesh,
 )
 from dissect_optax.dissection._problem import Problem, Settings
 from dissect_optax.dissection._training import Replica, for_each_replica, penalty
@@ -65,6 +73,7 @@ def _at_least_float32(value: jax.typing.ArrayLike) -> jax.Array:
 def _measure_piece(
     problem: Problem,
     at_once: int,
+    mesh: Mesh,
     examples: PyTree,
     start: jax.typing.ArrayLike,
     first: jax.typing.ArrayLike,
@@ -78,16 +87,30 @@ def _measure_piece(
     piece = jax.tree.map(
         lambda array: jax.lax.dynamic_slice_in_dim(array, start, count), examples
     )
-    values = jax.lax.map(
-        functools.partial(_measure, problem, params),
-        piece,
-        batch_size=min(at_once, count),
-    )
     is_new = jnp.arange(count) + start >= first
-    return {
-        name: jnp.sum(jnp.where(is_new, value, jnp.zeros_like(value)))
-        for name, value in values.items()
-    }
+
+    def measure(piece: PyTree, is_new: jax.Array) -> dict[str, jax.Array]:
+        values = jax.lax.map(
+            functools.partial(_measure, problem, params),
+            piece,
+            batch_size=min(at_once, len(is_new)),
+        )
+        return {
+            name: jnp.sum(jnp.where(is_new, value, jnp.zeros_like(value)))
+            for name, value in values.items()
+        }
+
+    devices = mesh.shape[DATA]
+    if devices == 1:
+        return measure(piece, is_new)
+    # As many examples for each device; those that fill up do not count.
+    places = np.arange(-(-count // devices) * devices).reshape(devices, -1)
+    piece = jax.tree.map(lambda array: array[places % count], piece)
+    is_new = is_new[places % count] & (places < count)
+    parts = jax.vmap(measure, spmd_axis_name=DATA)(
+        *constrain((piece, is_new), mesh, DATA)
+    )
+    return {name: jnp.sum(part, axis=0) for name, part in parts.items()}
 
 
 def _measure_rest(
@@ -112,10 +135,11 @@ def _evaluated_at_once(settings: Settings, data: Data, replicas: int) -> int:
 # ---- A group of runs --------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("problem", "at_once"))
+@functools.partial(jax.jit, static_argnames=("problem", "at_once", "mesh"))
 def _measure_pieces(
     problem: Problem,
     at_once: int,
+    mesh: Mesh,
     examples: PyTree,
     start: jax.typing.ArrayLike,
     first: jax.typing.ArrayLike,
@@ -123,23 +147,29 @@ def _measure_pieces(
 ) -> dict[str, jax.Array]:
     """`_measure_piece` for every run."""
     measure = functools.partial(
-        _measure_piece, problem, at_once, examples, start, first
+        _measure_piece, problem, at_once, mesh, examples, start, first
     )
-    return for_each_replica(measure, params)
+    # A few numbers, which every process reads.
+    return jax.lax.with_sharding_constraint(
+        for_each_replica(measure, params), everywhere(mesh)
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("problem",))
+@functools.partial(jax.jit, static_argnames=("problem", "mesh"))
 def _measure_rests(
-    problem: Problem, replicas: Replica, step: jax.Array, params: PyTree
+    problem: Problem, mesh: Mesh, replicas: Replica, step: jax.Array, params: PyTree
 ) -> tuple[jax.Array, jax.Array]:
     """`_measure_rest` for every run."""
     measure = functools.partial(_measure_rest, problem)
-    return for_each_replica(measure, replicas, step, params)
+    return jax.lax.with_sharding_constraint(
+        for_each_replica(measure, replicas, step, params), everywhere(mesh)
+    )
 
 
 def _measure_all(
     problem: Problem,
     at_once: int,
+    mesh: Mesh,
     examples: PyTree,
     params: PyTree,
     stop: Callable[[], bool],
@@ -153,7 +183,9 @@ def _measure_all(
         start = max(min(first, count - _EXAMPLES_IN_A_PIECE), 0)
         pieces.append(
             jax.device_get(
-                _measure_pieces(problem, at_once, examples, start, first, params)
+                _measure_pieces(
+                    problem, at_once, mesh, examples, start, first, params
+                )
             )
         )
     return {
@@ -170,17 +202,19 @@ def evaluate(
     step: jax.Array,
     params: PyTree,
     stop: Callable[[], bool] = bool,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray] | None:
     """Losses and metrics of every run, without dropout and augmentation.
 
     Args:
       problem: The problem.
       settings: Batch size.
-      data: The data, on the device.
+      data: The data, on every device.
       replicas: Step sizes and seeds, each `[replicas]`.
       step: Steps taken, `[replicas]`.
       params: Parameters of the group.
       stop: Asked every 1000 examples whether to give up; the default never does.
+      mesh: The devices of the group; None for one.
 
     Returns:
       By name, float32 `[replicas]`; None if it was given up. `training_data_loss`,
@@ -189,9 +223,11 @@ def evaluate(
       on the mean of a metric. Sets that do not exist are left out. `learning_rate` is
       that of the next step.
     """
-    at_once = _evaluated_at_once(settings, data, len(replicas.seed))
+    mesh = mesh or make_mesh({})
+    runs_of_a_device = len(replicas.seed) // mesh.shape[REPLICA]
+    at_once = _evaluated_at_once(settings, data, runs_of_a_device)
     regularizer, learning_rate = jax.device_get(
-        _measure_rests(problem, replicas, step, params)
+        _measure_rests(problem, mesh, replicas, step, params)
     )
     values = {"learning_rate": learning_rate}
     sets = data._replace(
@@ -200,7 +236,7 @@ def evaluate(
     for name, examples in sets._asdict().items():
         if examples is None:
             continue
-        means = _measure_all(problem, at_once, examples, params, stop)
+        means = _measure_all(problem, at_once, mesh, examples, params, stop)
         if means is None:
             return None
         data_loss = means.pop("loss")

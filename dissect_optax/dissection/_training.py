@@ -4,7 +4,8 @@ A group of runs of one method differs in step size and seed only and is one prog
 `advance` takes the group some steps on. The whole state of a run is its `TrainState`,
 one tree of arrays; everything random in it follows from the seed and the number of the
 step, so a run that is resumed, or that has other neighbours in its group, is the same
-run.
+run. Runs and mini-batches are divided over a mesh of devices by constraints in this one
+program, which one device removes.
 """
 
 import functools
@@ -14,9 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from dissect_optax import value_grad_and_variance
 from dissect_optax.dissection._data import Data, sample_batch
+from dissect_optax.dissection._meshes import (
+    DATA,
+    REPLICA,
+    constrain,
+    make_mesh,
+    over_replicas,
+)
 from dissect_optax.dissection._methods import Method
 from dissect_optax.dissection._problem import Problem, Settings
 
@@ -127,6 +136,7 @@ def _train_step(
     problem: Problem,
     method: Method,
     batch_size: int,
+    mesh: Mesh,
     data: Data,
     replica: Replica,
     state: TrainState,
@@ -134,6 +144,7 @@ def _train_step(
     """One step of one run."""
     keys = _keys(replica.seed)
     batch = sample_batch(data.training, keys.data, state.step, batch_size)
+    batch = constrain(batch, mesh, DATA)
     noise_key = jax.random.fold_in(keys.noise, state.step)
     augmentation_key, loss_key = jax.random.split(noise_key)
     batch = _shown(problem, batch, augmentation_key)
@@ -148,20 +159,23 @@ def _train_step(
         gradient, state.optimizer_state, state.params, **extra_args
     )
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, optimizer_state)
+    return constrain(TrainState(state.step + 1, params, optimizer_state), mesh)
 
 
 def _advance(
     problem: Problem,
     method: Method,
     batch_size: int,
+    mesh: Mesh,
     steps: jax.typing.ArrayLike,
     data: Data,
     replica: Replica,
     state: TrainState,
 ) -> TrainState:
     """Some steps of one run."""
-    step = functools.partial(_train_step, problem, method, batch_size, data, replica)
+    step = functools.partial(
+        _train_step, problem, method, batch_size, mesh, data, replica
+    )
     return jax.lax.fori_loop(0, steps, lambda _, state: step(state), state)
 
 
@@ -199,61 +213,95 @@ def lower_gradient(
 def for_each_replica(function: Callable[..., Any], *group: Any) -> Any:
     """Maps a function of one run over a group."""
     if len(jax.tree.leaves(group)[0]) > 1:
-        return jax.vmap(function)(*group)
+        return jax.vmap(function, spmd_axis_name=REPLICA)(*group)
     # A batch axis of one costs a CPU a sixth of its speed (MNIST, CIFAR-10).
     only = jax.tree.map(lambda array: array[0], group)
     return jax.tree.map(lambda array: array[None], function(*only))
 
 
-@functools.partial(jax.jit, static_argnames=("problem",))
-def initial_params(problem: Problem, seeds: jax.Array) -> PyTree:
-    """Parameters of a group before the first step, the same for every method."""
+@functools.partial(jax.jit, static_argnames=("problem", "mesh"))
+def _initialise_params(problem: Problem, mesh: Mesh, seeds: jax.Array) -> PyTree:
+    """Parameters of a group before the first step."""
+
     # One after the other: vmapped random numbers take more than twice as long to
     # compile, and all this runs only once.
-    return jax.lax.map(functools.partial(_initial_params, problem), seeds)
+    def initialise_each(seeds: jax.Array) -> PyTree:
+        return jax.lax.map(functools.partial(_initial_params, problem), seeds)
+
+    if mesh.shape[REPLICA] > 1:
+        # No device holds the parameters of another one's runs.
+        initialise_each = jax.shard_map(
+            initialise_each,
+            mesh=mesh,
+            in_specs=PartitionSpec(REPLICA),
+            out_specs=PartitionSpec(REPLICA),
+            check_vma=False,
+        )
+    return _on_its_devices(initialise_each(seeds), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("problem", "method"))
+def _on_its_devices(group: PyTree, mesh: Mesh) -> PyTree:
+    """Constrains arrays `[replicas, ...]` to the devices of their runs."""
+    return jax.lax.with_sharding_constraint(group, over_replicas(mesh))
+
+
+def initial_params(
+    problem: Problem, seeds: jax.Array, mesh: Mesh | None = None
+) -> PyTree:
+    """Parameters of a group before the first step, the same for every method."""
+    return _initialise_params(problem, mesh or make_mesh({}), seeds)
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "method", "mesh"))
 def _initialise_optimizer(
-    problem: Problem, method: Method, replicas: Replica, params: PyTree
+    problem: Problem, method: Method, mesh: Mesh, replicas: Replica, params: PyTree
 ) -> TrainState:
     """The group before its first step, from its parameters."""
     initialise_one = functools.partial(_initial_state, problem, method)
-    return jax.vmap(initialise_one)(replicas, params)
+    state = jax.vmap(initialise_one, spmd_axis_name=REPLICA)(replicas, params)
+    return _on_its_devices(state, mesh)
 
 
-def initialise(problem: Problem, method: Method, replicas: Replica) -> TrainState:
+def initialise(
+    problem: Problem, method: Method, replicas: Replica, mesh: Mesh | None = None
+) -> TrainState:
     """The group before its first step.
 
     Args:
       problem: The problem.
       method: The optimizer of every run.
       replicas: Step sizes and seeds, each `[replicas]`.
+      mesh: The devices; None for one.
 
     Returns:
-      The state of the group.
+      The state of the group, each run on its devices.
     """
-    params = initial_params(problem, replicas.seed)
-    return _initialise_optimizer(problem, method, replicas, params)
+    mesh = mesh or make_mesh({})
+    params = initial_params(problem, replicas.seed, mesh)
+    return _initialise_optimizer(problem, method, mesh, replicas, params)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("problem", "method", "batch_size"),
+    static_argnames=("problem", "method", "batch_size", "mesh"),
     donate_argnames=("state",),
 )
 def _advance_group(
     problem: Problem,
     method: Method,
     batch_size: int,
+    mesh: Mesh,
     steps: jax.typing.ArrayLike,
     data: Data,
     replicas: Replica,
     state: TrainState,
 ) -> TrainState:
     """Some steps of every run of a group."""
-    take_steps = functools.partial(_advance, problem, method, batch_size, steps, data)
-    return for_each_replica(take_steps, replicas, state)
+    take_steps = functools.partial(
+        _advance, problem, method, batch_size, mesh, steps, data
+    )
+    state = for_each_replica(take_steps, replicas, state)
+    return _on_its_devices(state, mesh)
 
 
 def advance(
@@ -264,6 +312,7 @@ def advance(
     data: Data,
     replicas: Replica,
     state: TrainState,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """The group after some more steps.
 
@@ -272,14 +321,22 @@ def advance(
       method: The optimizer of every run.
       settings: Batch size.
       steps: Number of steps to take; any number is the same program.
-      data: The data, on the device.
+      data: The data, on every device.
       replicas: Step sizes and seeds, each `[replicas]`.
       state: State of the group; its buffers are donated.
+      mesh: The devices, which divide runs and mini-batch evenly; None for one.
 
     Returns:
       The new state. A run that diverges does not touch the others.
     """
     # Of the settings, the batch size alone is part of the program.
     return _advance_group(
-        problem, method, settings.batch_size, steps, data, replicas, state
+        problem,
+        method,
+        settings.batch_size,
+        mesh or make_mesh({}),
+        steps,
+        data,
+        replicas,
+        state,
     )
