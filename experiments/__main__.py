@@ -1,4 +1,4 @@
-"""`python -m experiments`."""
+"""`python -m experiments`, with `launch` as several processes."""
 
 import os
 import sys
@@ -11,9 +11,15 @@ def main() -> int:
     # Figures are files: a display that does not exist is no reason to stop.
     os.environ["MPLBACKEND"] = "agg"
     try:
+        if sys.argv[1:2] == ["launch"]:
+            # It trains nothing itself, and imports little.
+            from experiments import launch
+
+            return launch.main(sys.argv[2:])
+        from dissect_optax.dissection import run_command
         from experiments import command_line
 
-        status = command_line.main(sys.argv[1:])
+        status = run_command(lambda: command_line.main(sys.argv[1:]))
     except KeyboardInterrupt:
         print("\nInterrupted before anything began.", file=sys.stderr)
         return _INTERRUPTED

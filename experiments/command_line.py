@@ -74,6 +74,7 @@ def _run(arguments: Sequence[str]) -> None:
         description=(
             "Takes Adam apart by experiment. Without a command:"
             f" `{' '.join(_MAIN_JOB)}`. Problems: {', '.join(PROBLEMS)}."
+            f" `{_PROGRAM} launch --help`: as several processes on this machine."
         ),
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),

@@ -21,16 +21,22 @@ from dissect_optax.dissection import (
     Protocol,
     Record,
     Settings,
+    SilentMonitor,
     Store,
     UserError,
+    check_batch,
     complete,
     digest,
     dissect_problem,
     find_result,
     get_method,
+    is_primary,
+    make_mesh,
     makes_optimizers,
+    parse_mesh,
     record_to_json,
     replicate,
+    start_if,
     to_text,
     tune,
     unknown_name,
@@ -110,7 +116,20 @@ class TrainingOptions(Options):
     evaluation_interval: _Number = None
     """Steps between two evaluations; divides the steps."""
     replicas: _Number = None
-    """Runs that are trained at a time; as many as fill the device if not given."""
+    """Runs that are trained at a time; as many as fill the devices if not given."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=N[,AXIS=N]")] = None
+    """Devices, such as data=8 or replica=4,data=2: mini-batches are divided over data,
+    step sizes and seeds over replica. All devices if not given: on replica for several
+    runs, on data for one."""
+    distributed: bool = False
+    """Train with other processes: those of a cluster that JAX detects, or those of the
+    next three options. Each process runs the same command."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Where process 0 listens."""
+    processes: _Number = None
+    """Number of processes."""
+    process_id: _Number = None
+    """Number of this process, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +245,29 @@ def _task(problem_name: str, options: TrainingOptions) -> _Task:
     # In so few steps no loss need fall by a tenth.
     protocol = Protocol(tuned_by, stable_below=1.0 if options.smoke else 0.9)
     return _Task(problem, job, protocol)
+
+
+def _training_task(
+    problem_name: str, options: TrainingOptions, batch_sizes: Sequence[int] = ()
+) -> _Task:
+    """The same for a command that trains, with other processes and on its devices."""
+    sizes = None if options.mesh is None else parse_mesh(options.mesh)
+    # Before anything is computed.
+    start_if(
+        options.distributed,
+        options.coordinator,
+        options.processes,
+        options.process_id,
+    )
+    task = _task(problem_name, options)
+    mesh = None if sizes is None else make_mesh(sizes)
+    if mesh is not None:
+        for size in batch_sizes or (task.job.settings.batch_size,):
+            check_batch(mesh, size)
+    monitor = task.job.monitor if is_primary() else SilentMonitor()
+    return dataclasses.replace(
+        task, job=dataclasses.replace(task.job, mesh=mesh, monitor=monitor)
+    )
 
 
 def _results(task: _Task, optimizers: Sequence[str]) -> dict[str, MethodResult]:
@@ -354,7 +396,7 @@ def train(
       seed: Seeds of initial parameters, mini-batches and noise.
       options: What every command understands.
     """
-    task = _task(problem, options)
+    task = _training_task(problem, options)
     job, method = task.job, _method(task.problem, optimizer)
     for rate in _distinct("--learning-rate", learning_rate):
         # Runs compute in single precision, where other numbers are zero or infinite.
@@ -369,7 +411,10 @@ def train(
     configs = [
         job.config(method, rate, number) for rate in learning_rate for number in seed
     ]
-    for record in complete(job, method, method.label, configs):
+    records = complete(job, method, method.label, configs)
+    if not is_primary():
+        return
+    for record in records:
         config, last = record.config, record.evaluations[-1]
         title = f"{method.label}, step size {config.learning_rate:g}"
         if record.diverged:
@@ -418,14 +463,15 @@ def tune_step_sizes(
       optimizers: The methods.
       options: What every command understands.
     """
-    task = _task(problem, options)
+    task = _training_task(problem, options)
     names = _distinct("--optimizers", optimizers)
     for method in [_method(task.problem, name) for name in names]:
         tuned = tune(task.job, task.protocol, method)
-        print(
-            f"{method.label}: step size {tuned.learning_rate:g}, best of"
-            f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
-        )
+        if is_primary():
+            print(
+                f"{method.label}: step size {tuned.learning_rate:g}, best of"
+                f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
+            )
 
 
 def reproduce(
@@ -446,7 +492,7 @@ def reproduce(
     """
     if seeds is not None and seeds < 1:
         raise UserError(f"`--seeds` must be at least 1, got {seeds}.")
-    task = _task(problem, options)
+    task = _training_task(problem, options)
     names = _distinct("--optimizers", optimizers)
     for method in [_method(task.problem, name) for name in names]:
         tuned = tune(task.job, task.protocol, method)
@@ -457,9 +503,11 @@ def reproduce(
             seeds or (2 if options.smoke else 10),
         )
     found = _results(task, optimizers)
+    all_found = reporting.summary(task.job, task.protocol, _complete_results(task))
+    if not is_primary():
+        return
     _print_results(task, found, options)
     summary = options.runs_dir / problem / f"summary{_suffix(options)}.json"
-    all_found = reporting.summary(task.job, task.protocol, _complete_results(task))
     write_atomically(summary, to_text(all_found))
     name = "figure_3" if tuple(optimizers) == FOUR_METHODS else _joined(optimizers)
     path = training_curves.draw(
@@ -596,7 +644,7 @@ def dissect(
       budget: With "race", a tenth of the steps and a forecast.
       options: What every command understands.
     """
-    task = _task(problem, options)
+    task = _training_task(problem, options, batch_sizes)
     names = _distinct("--optimizers", optimizers)
     sizes = sorted(set(batch_sizes)) or [task.job.settings.batch_size]
     if seeds < 1 or sizes[0] < 1:
@@ -612,7 +660,10 @@ def dissect(
         data_dir=options.data_dir,
         schedule="that of the problem" if scheduled else "constant",
         monitor=task.job.monitor,
+        mesh=task.job.mesh,
     )
+    if not is_primary():
+        return
     stem = f"dissection_{problem}{_suffix(options)}"
     html = options.runs_dir / problem / f"{stem}.html"
     html.parent.mkdir(parents=True, exist_ok=True)
@@ -640,7 +691,7 @@ def family(
       seeds: Replications of each member.
       options: What every command understands.
     """
-    task = _task(problem, options)
+    task = _training_task(problem, options, [batch_size] if batch_size else ())
     chosen = family_map.methods_of(
         _distinct("--members", members) if members else tuple(MEMBERS)
     )
@@ -653,7 +704,10 @@ def family(
         directory=options.runs_dir / "dissections",
         data_dir=options.data_dir,
         monitor=task.job.monitor,
+        mesh=task.job.mesh,
     )
+    if not is_primary():
+        return
     rows, changes = family_map.rows_of(result), family_map.changes_of(result)
     reading = family_map.reading_of(rows)
     setup = dataclasses.asdict(result.setup)

@@ -33,6 +33,7 @@ from dissect_optax.dissection._errors import UserError, first_line, unknown_name
 from dissect_optax.dissection._evaluation import evaluate
 from dissect_optax.dissection._exit_status import exit_status
 from dissect_optax.dissection._locks import only_process
+from dissect_optax.dissection._meshes import check_batch, make_mesh, parse_mesh
 from dissect_optax.dissection._methods import (
     FOUR_METHODS,
     METHODS,
@@ -41,6 +42,12 @@ from dissect_optax.dissection._methods import (
     makes_optimizers,
 )
 from dissect_optax.dissection._problem import Problem, Settings, constant
+from dissect_optax.dissection._processes import (
+    is_primary,
+    run_command,
+    start,
+    start_if,
+)
 from dissect_optax.dissection._progress import Monitor, SilentMonitor
 from dissect_optax.dissection._records import (
     EqualWithNan,
@@ -126,6 +133,14 @@ __all__ = [  # noqa: RUF022  # In the order in which a run meets them.
     "Record",
     "RunConfig",
     "Measurement",
+    # the devices and processes that train them,
+    "make_mesh",
+    "parse_mesh",
+    "check_batch",
+    "start",
+    "start_if",
+    "is_primary",
+    "run_command",
     # and the choice of the step size.
     "Protocol",
     "best_accuracy",

@@ -8,12 +8,17 @@ The state of a group and all it has measured go into one checkpoint, which Orbax
 visible when it is complete: a process that is killed while it writes, or that fills
 the disk, leaves the previous checkpoint. A group that is resumed is the same program on
 the same arrays, so its records are the same to the last bit (but for the seconds).
+
+A checkpoint holds whole arrays, not the parts of devices: process 0 writes what it has
+gathered, and reads for all processes. So a group can go on with another number of
+devices or processes; its numbers are then the same to rounding.
 """
 
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,8 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dissect_optax.dissection._data import numbers_of
+from dissect_optax.dissection import _processes as processes
 from dissect_optax.dissection._errors import UserError, first_line
+from dissect_optax.dissection._meshes import place
 from dissect_optax.dissection._records import (
     Measurement,
     RunConfig,
@@ -124,6 +130,11 @@ def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]
     Raises:
       UserError: The list of the runs that belong to a checkpoint is damaged.
     """
+    return processes.from_primary(lambda: _unfinished(store, problem, optimizer))
+
+
+def _unfinished(store: Store, problem: str, optimizer: str) -> list[Group]:
+    """The same, in one process."""
     folder = store.folder(problem, optimizer) / "unfinished"
     groups = []
     for path in sorted(folder.glob("*/group.json")):
@@ -140,6 +151,8 @@ def unfinished_groups(store: Store, problem: str, optimizer: str) -> list[Group]
 def save(store: Store, group: Group, progress: GroupProgress) -> None:
     """Adds a checkpoint and drops the previous one.
 
+    All processes call it at the same step.
+
     Args:
       store: The directory of records.
       group: The runs.
@@ -148,12 +161,9 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
     Raises:
       OSError: The disk is full, say; the previous checkpoint is intact.
     """
-    # Imported late: it takes seconds, and short jobs end before their first checkpoint.
-    import orbax.checkpoint as ocp
-
-    _write_group(store, group)
     content = _to_bytes(progress.state)
     measured = {
+        "size": group.size,
         "seconds": progress.seconds,
         "evaluations": [
             [measurement_to_json(line) for line in lines]
@@ -163,29 +173,57 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
             {str(step): values for step, values in found.items()}
             for found in progress.diagnostics
         ],
-        "layout": _layout(progress.state),
+        "layout": _layout(progress.state, group.size),
         "bytes": _digest(content),
     }
     measured["digest"] = digest(measured)
+    processes.from_primary(
+        lambda: _write(store, group, progress.step, content, measured)
+    )
+
+
+def _write(
+    store: Store, group: Group, step: int, content: np.ndarray, measured: dict[str, Any]
+) -> None:
+    """Writes a checkpoint, in one process."""
+    # Imported late: it takes seconds, and short jobs end before their first checkpoint.
+    import orbax.checkpoint as ocp
+
+    _write_group(store, group)
     folder = (_folder(store, group) / "checkpoints").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         naming(folder),
         _full_disk_as_os_error(),
         ocp.CheckpointManager(
             folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, enable_async_checkpointing=False
+                max_to_keep=1, enable_async_checkpointing=False, **_alone()
             ),
         ) as manager,
     ):
         _require_space(folder, content.nbytes)
         manager.save(
-            progress.step,
+            step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave({"bytes": content}),
                 measured=ocp.args.JsonSave(measured),
             ),
         )
+
+
+def _alone() -> dict[str, Any]:
+    """Options of Orbax for process 0 alone, which would wait for the others."""
+    if processes.count() == 1:
+        return {}
+    import orbax.checkpoint as ocp  # Imported late, see above.
+
+    return {
+        "create": False,
+        "multiprocessing_options": ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="process_0"
+        )
+    }
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -205,9 +243,9 @@ def _full_disk_as_os_error() -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
-def _layout(state: TrainState) -> list[str]:
-    """Types and shapes of a state, in the order of its bytes."""
-    return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state)]
+def _layout(state: TrainState, size: int) -> list[str]:
+    """Types and shapes of a state of so many runs, in the order of its bytes."""
+    return [f"{leaf.dtype}{[size, *leaf.shape[1:]]}" for leaf in jax.tree.leaves(state)]
 
 
 def _to_bytes(state: TrainState) -> np.ndarray:
@@ -216,7 +254,7 @@ def _to_bytes(state: TrainState) -> np.ndarray:
     Orbax reads several arrays at a time. Where one is damaged it leaves the others half
     read, and they raise warnings later. It does not save empty arrays, either.
     """
-    parts = [numbers_of(leaf) for leaf in jax.tree.leaves(state)]
+    parts = [processes.gathered(leaf) for leaf in jax.tree.leaves(state)]
     return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
 
@@ -225,18 +263,52 @@ def _digest(content: np.ndarray) -> str:
     return hashlib.sha256(content.data).hexdigest()
 
 
-def _from_bytes(content: np.ndarray, template: TrainState) -> TrainState:
-    """The inverse of `_to_bytes`."""
+def _from_bytes(
+    content: np.ndarray, template: TrainState, size: int, runs: int
+) -> TrainState:
+    """The inverse of `_to_bytes`, on the devices of the template.
+
+    Args:
+      content: The bytes of a state of `size` runs.
+      template: A state of as many runs as are wanted.
+      size: Runs in the content.
+      runs: How many of them count; the others are copies of the last one.
+
+    Returns:
+      The state. Where it has another number of runs, copies are left out or added.
+    """
     leaves, structure = jax.tree.flatten(template)
-    numbers = [numbers_of(leaf) for leaf in leaves]
-    ends = np.cumsum([part.nbytes for part in numbers])
-    restored = [
-        _with_numbers(leaf, part.view(like.dtype).reshape(like.shape))
-        for leaf, like, part in zip(
-            leaves, numbers, np.split(content, ends[:-1]), strict=True
-        )
-    ]
+    restored, end = [], 0
+    for leaf, like in zip(leaves, _shapes(template, size), strict=True):
+        start, end = end, end + _nbytes(like)
+        numbers = content[start:end].view(like.dtype).reshape(like.shape)
+        if size != len(leaf):
+            numbers = numbers[np.minimum(np.arange(len(leaf)), runs - 1)]
+        restored.append(place(_with_numbers(leaf, numbers), leaf.sharding))
     return jax.tree.unflatten(structure, restored)
+
+
+def _shapes(state: TrainState, size: int) -> list[jax.ShapeDtypeStruct]:
+    """The numbers in a state of so many runs, array by array."""
+
+    def numbers(leaf: jax.Array) -> jax.Array:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return [
+        jax.ShapeDtypeStruct((size, *like.shape[1:]), like.dtype)
+        for like in jax.eval_shape(lambda: [numbers(x) for x in jax.tree.leaves(state)])
+    ]
+
+
+def _nbytes(like: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array of this shape."""
+    return math.prod(like.shape) * like.dtype.itemsize
+
+
+def _bytes_of(template: TrainState, size: int) -> int:
+    """Bytes of a state of so many runs."""
+    return sum(map(_nbytes, _shapes(template, size)))
 
 
 def _with_numbers(leaf: jax.Array, numbers: np.ndarray) -> jax.Array:
@@ -253,7 +325,9 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
     Args:
       store: The directory of records.
       group: The runs.
-      template: A state of this group, before its first step for example.
+      template: A state of this group, before its first step for example. It says on
+        which devices the group goes on, and may have another number of copies of the
+        last run.
 
     Returns:
       How far the group is, None without a checkpoint.
@@ -261,12 +335,43 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
     Raises:
       UserError: The checkpoint is damaged, or not one of this group.
     """
+    found = processes.from_primary(lambda: _read(store, group, template))
+    if found is None:
+        return None
+    step, measured, content = found
+    with _as_user_error(_folder(store, group)):
+        size = measured["size"]
+        state = _from_bytes(content, template, size, len(group.configs))
+        if np.any(processes.gathered(state.step) != step):
+            raise ValueError("its directory has the name of another step")
+        return GroupProgress(
+            state=state,
+            step=step,
+            seconds=float(measured["seconds"]),
+            evaluations=[
+                [measurement_from_json(line) for line in lines]
+                for lines in measured["evaluations"]
+            ],
+            diagnostics=[
+                {int(step): values for step, values in found.items()}
+                for found in measured["diagnostics"]
+            ],
+        )
+
+
+def _read(
+    store: Store, group: Group, template: TrainState
+) -> tuple[int, dict[str, Any], np.ndarray] | None:
+    """Step, measurements and bytes of the newest checkpoint, in one process."""
     folder = _folder(store, group)
     if not (folder / "checkpoints").is_dir():
         return None
     import orbax.checkpoint as ocp  # Imported late, see above.
 
-    with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
+    with ocp.CheckpointManager(
+        (folder / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(**_alone()),
+    ) as manager:
         step = manager.latest_step()
         if step is None:
             return None
@@ -276,32 +381,19 @@ def restore(store: Store, group: Group, template: TrainState) -> GroupProgress |
             ).measured
             if measured.pop("digest") != digest(measured):
                 raise ValueError("its measurements are not those that were written")
-            if measured["layout"] != _layout(template):
+            # The group may have been written again, for other devices, since then.
+            size = measured.setdefault("size", group.size)
+            if measured["layout"] != _layout(template, size):
                 raise ValueError("its arrays are not those of this optimizer")
-            blank = {"bytes": np.empty_like(_to_bytes(template))}
+            if len(measured["evaluations"]) != len(group.configs):
+                raise ValueError("it is not one of these runs")
+            blank = {"bytes": np.empty(_bytes_of(template, size), np.uint8)}
             content = manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(blank))
             ).state["bytes"]
             if measured["bytes"] != _digest(content):
                 raise ValueError("its numbers are not those that were written")
-            state = _from_bytes(content, template)
-            if np.any(np.asarray(state.step) != step):
-                raise ValueError("its directory has the name of another step")
-            if len(measured["evaluations"]) != len(group.configs):
-                raise ValueError("it is not one of these runs")
-            return GroupProgress(
-                state=state,
-                step=step,
-                seconds=float(measured["seconds"]),
-                evaluations=[
-                    [measurement_from_json(line) for line in lines]
-                    for lines in measured["evaluations"]
-                ],
-                diagnostics=[
-                    {int(step): values for step, values in found.items()}
-                    for found in measured["diagnostics"]
-                ],
-            )
+            return step, measured, content
 
 
 @contextlib.contextmanager
@@ -318,7 +410,11 @@ def _as_user_error(folder: Path) -> Iterator[None]:
 
 def remove(store: Store, group: Group) -> None:
     """Removes the checkpoints of a group whose records are written."""
-    folder = _folder(store, group)
+    processes.from_primary(lambda: _remove(_folder(store, group)))
+
+
+def _remove(folder: Path) -> None:
+    """The same, in one process."""
     shutil.rmtree(folder, ignore_errors=True)
     # There may be other groups, or none may ever have had a checkpoint.
     with contextlib.suppress(OSError):

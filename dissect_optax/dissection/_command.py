@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import dissect_optax
+from dissect_optax.dissection import _processes as processes
 from dissect_optax.dissection._dissect import dissect
 from dissect_optax.dissection._errors import UserError, unknown_name
 from dissect_optax.dissection._exit_status import exit_status
+from dissect_optax.dissection._meshes import parse_mesh
 from dissect_optax.dissection._result import Dissection
 
 
@@ -52,6 +54,23 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--budget",
         choices=("full", "race"),
         help="race: a tenth of the steps, and a forecast",
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N", help="devices, such as data=8 or replica=4,data=2"
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train with other processes, of a cluster that JAX detects or as follows",
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="INT", help="number of processes"
+    )
+    parser.add_argument(
+        "--process-id", type=int, metavar="INT", help="number of this one, from 0"
     )
     parser.add_argument(
         "--version", action="version", version=dissect_optax.__version__
@@ -111,6 +130,8 @@ def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("directory", "batch_size", "steps", "seeds", "methods", "budget"):
         if (value := getattr(options, name)) is not None:
             arguments[name] = value
+    if options.mesh is not None:
+        arguments["mesh"] = parse_mesh(options.mesh)
     return arguments
 
 
@@ -122,6 +143,8 @@ def run(options: argparse.Namespace, arguments: dict[str, Any]) -> Dissection:
         if path is not None and path.is_dir():
             raise UserError(f"{path} is a directory, expected the name of a file.")
     result = dissect(**arguments)
+    if not processes.is_primary():
+        return result
     print(result)
     if options.json is not None:
         options.json.write_text(result.to_json())
@@ -147,6 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def action() -> None:
         nonlocal directory
+        processes.start_if(
+            options.distributed,
+            options.coordinator,
+            options.processes,
+            options.process_id,
+        )
         given = arguments_of(options)
         directory = given.get("directory")
         run(options, given)
@@ -155,4 +184,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = "the last checkpoint" if directory else "the beginning"
         return f"The same command goes on from {kept}."
 
-    return exit_status("dissect-optax", action, goes_on=goes_on)
+    return processes.run_command(
+        lambda: exit_status("dissect-optax", action, goes_on=goes_on)
+    )

@@ -11,12 +11,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from dissect_optax import diagnostics
+from dissect_optax.dissection import _processes as processes
 from dissect_optax.dissection._data import number_of_examples
 from dissect_optax.dissection._effects import clip_losses
 from dissect_optax.dissection._environment import environment
 from dissect_optax.dissection._errors import UserError, first_line
+from dissect_optax.dissection._meshes import check_batch, make_mesh
 from dissect_optax.dissection._methods import (
     FOUR_METHODS,
     Method,
@@ -90,6 +93,7 @@ def dissect(
     level: Level | None = "cheap",
     title: str = "",
     progress: bool = True,
+    mesh: Mapping[str, int] | Mesh | None = None,
 ) -> Dissection:
     """Trains a problem with the four methods of Table 1, and compares what matters.
 
@@ -139,6 +143,11 @@ def dissect(
         1, or above the number of examples.
       title: Title of the report.
       progress: Whether to show progress on standard error.
+      mesh: Devices to train on: sizes of the axes `replica`, over which the runs of a
+        group are divided, and `data`, over which the examples of a mini-batch are,
+        such as `{"replica": 4, "data": 2}`; or a `jax.sharding.Mesh` with these axes.
+        None for all devices, on `replica` for a group and on `data` for one run.
+        Results are those of one device to rounding.
 
     Returns:
       The result: effects, verdict, warnings, runs and reports.
@@ -186,7 +195,11 @@ def dissect(
         settings = Settings(steps, batch_sizes[0], interval)
     except ValueError as error:
         raise UserError(str(error)) from error
-    _check_directory(directory)
+    processes.from_primary(lambda: _check_directory(directory))
+    devices = None if mesh is None else make_mesh(mesh)
+    if devices is not None:
+        for size in batch_sizes:
+            check_batch(devices, size)
     problem, warnings = user_problem(
         loss,
         init,
@@ -210,8 +223,9 @@ def dissect(
         level=level,
         directory=directory,
         schedule="constant" if schedule is None else "given by `schedule`",
-        monitor=Monitor() if progress else SilentMonitor(),
+        monitor=Monitor() if progress and processes.is_primary() else SilentMonitor(),
         warnings=warnings,
+        mesh=devices,
     )
 
 
@@ -228,6 +242,7 @@ def dissect_problem(
     schedule: str = "constant",
     monitor: Monitor | None = None,
     warnings: Sequence[DissectionWarning] = (),
+    mesh: Mesh | None = None,
 ) -> Dissection:
     """`dissect` for a `Problem`, with the length of its settings.
 
@@ -243,6 +258,7 @@ def dissect_problem(
       schedule: Schedule of the step size in words.
       monitor: Where progress is shown.
       warnings: Warnings about the problem, for the result.
+      mesh: Devices of the runs, see `Job`.
 
     Returns:
       The result.
@@ -255,7 +271,7 @@ def dissect_problem(
     found = _Rows()
     for size in batch_sizes:
         settings = dataclasses.replace(problem.settings, batch_size=size)
-        job = Job(problem, settings, store, monitor, data_dir)
+        job = Job(problem, settings, store, monitor, data_dir, mesh=mesh)
         for method in methods:
             _dissect_method(job, method, seeds, budget, level, found)
     data = job.data

@@ -73,6 +73,7 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "processor": processor(),
         "cpu_cores": os.cpu_count(),
         "platform": platform.platform(),

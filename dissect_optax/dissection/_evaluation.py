@@ -183,9 +183,7 @@ def _measure_all(
         start = max(min(first, count - _EXAMPLES_IN_A_PIECE), 0)
         pieces.append(
             jax.device_get(
-                _measure_pieces(
-                    problem, at_once, mesh, examples, start, first, params
-                )
+                _measure_pieces(problem, at_once, mesh, examples, start, first, params)
             )
         )
     return {

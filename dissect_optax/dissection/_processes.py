@@ -11,26 +11,49 @@ import pickle
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dissect_optax.dissection import _interrupts as interrupts
+from dissect_optax.dissection._data import numbers_of
 from dissect_optax.dissection._errors import UserError, first_line
 
 T = TypeVar("T")
 
 # What most messages fit into, so that they are one program.
 _SMALL = 8192
-# After this time a process that ends does not wait for the others any longer.
-_SECONDS_TO_END = 15.0
+# A process that ends waits so long for the others: process 0 may draw figures, but
+# after a signal or an error some may not come at all.
+_SECONDS_TO_END, _SECONDS_TO_STOP = 300.0, 10.0
 # The name of a file in which a process counts what it does, for who watches it.
 PULSE_VARIABLE = "DISSECT_OPTAX_PULSE"
-_beats = 0
+
+
+def start_if(
+    distributed: bool,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """`start` with the options of a command line.
+
+    Raises:
+      UserError: There are arguments, and `--distributed` was forgotten.
+    """
+    if distributed:
+        start(coordinator, processes, process_id)
+    elif (coordinator, processes, process_id) != (None, None, None):
+        raise UserError(
+            "`--coordinator`, `--processes` and `--process-id` are for `--distributed`;"
+            " give it, too."
+        )
 
 
 def start(
@@ -71,23 +94,38 @@ def start(
             signal.signal(number, handler)
 
 
-def end(status: int) -> None:
-    """Leaves the other processes; does nothing where there are none.
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command that may call `start`, and leaves the other processes.
 
     Args:
-      status: The exit status. After an error that the others do not know of, the
-        process ends here and now, which ends them, too.
+      command: The command; it returns its exit status.
+
+    Returns:
+      The exit status. With other processes, an error ends this process here and now,
+      since they do not know of it and would be waited for.
     """
-    if not jax.distributed.is_initialized():
-        return
+    try:
+        status = command()
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        _exit(1)
+    if jax.distributed.is_initialized():
+        # It waits for all processes, one of which may never come.
+        thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        thread.start()
+        thread.join(_SECONDS_TO_STOP if status else _SECONDS_TO_END)
+        if thread.is_alive():
+            _exit(status)
+    return status
+
+
+def _exit(status: int) -> NoReturn:
+    """Ends this process without waiting for any other."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # It waits for all processes, one of which may never come.
-    thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    thread.start()
-    thread.join(_SECONDS_TO_END)
-    if thread.is_alive():
-        os._exit(status)
+    os._exit(status)
 
 
 def count() -> int:
@@ -114,28 +152,24 @@ def from_primary(function: Callable[[], T]) -> T:
     """
     if count() == 1:
         return function()
-    content, result = b"", None
+    content = b""
     if is_primary():
         try:
-            result, error = function(), None
-        except (Exception, KeyboardInterrupt) as raised:
-            result, error = None, raised
-        content = _pickled(result, error)
-    found, error = pickle.loads(_broadcast(content))
-    if error is not None:
-        raise error
-    # Process 0 goes on with its own.
-    return result if is_primary() else found
+            content = pickle.dumps((function(), None))
+        except (Exception, KeyboardInterrupt) as error:
+            content = _pickled_error(error)
+    found, raised = pickle.loads(_broadcast(content))
+    if raised is not None:
+        raise raised
+    return found
 
 
-def _pickled(result: Any, error: BaseException | None) -> bytes:
-    """Result and error as bytes; errors of libraries may not be pickled."""
+def _pickled_error(error: BaseException) -> bytes:
+    """An error as the outcome of a function; those of libraries may not be pickled."""
     try:
-        content = pickle.dumps((result, error))
+        content = pickle.dumps((None, error))
         pickle.loads(content)
     except Exception:
-        if error is None:
-            raise
         content = pickle.dumps((None, RuntimeError(first_line(error))))
     return content
 
@@ -205,20 +239,61 @@ def largest(*values: float) -> list[float]:
     return [float(value) for value in np.max(np.asarray(gathered), axis=0)]
 
 
+def gathered(array: Any) -> np.ndarray:
+    """The numbers of an array, whole; all processes ask for it together."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return numbers_of(array)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def stops() -> bool:
+    """Whether this process should stop: there was a signal, or its watcher died."""
+    return interrupts.arrived() or _pulse.is_orphan()
+
+
 def interrupted() -> bool:
-    """Whether there was a signal in any process; asked by all of them together."""
+    """Whether one of the processes should stop; asked by all of them together."""
     beat()
-    return bool(largest(interrupts.arrived())[0])
+    return bool(largest(stops())[0])
 
 
 def check_interrupt() -> None:
-    """Raises in every process if there was a signal in one.
+    """Raises in every process if one of them should stop.
 
     Raises:
-      KeyboardInterrupt: There was one.
+      KeyboardInterrupt: One should.
     """
     if interrupted():
         raise KeyboardInterrupt
+
+
+class _Pulse:
+    """A file that shows whoever watches this process that it works."""
+
+    def __init__(self) -> None:
+        self.path = os.environ.get(PULSE_VARIABLE)
+        self.watcher = os.getppid()
+        self.beats = self.step = 0
+
+    def beat(self, step: int | None = None) -> None:
+        """Writes the next beat."""
+        if self.path is None:
+            return
+        self.beats += 1
+        self.step = self.step if step is None else step
+        # The watcher must not see half a line.
+        draft = Path(f"{self.path}.draft")
+        draft.write_text(f"{self.beats} {self.step}\n")
+        draft.replace(self.path)
+
+    def is_orphan(self) -> bool:
+        """Whether the watcher has died."""
+        return self.path is not None and os.getppid() != self.watcher
+
+
+_pulse = _Pulse()
 
 
 def beat(step: int | None = None) -> None:
@@ -227,16 +302,4 @@ def beat(step: int | None = None) -> None:
     Args:
       step: Steps that its group has taken; None leaves the last number.
     """
-    global _beats, _step
-    path = os.environ.get(PULSE_VARIABLE)
-    if path is None:
-        return
-    _beats += 1
-    _step = _step if step is None else step
-    # The watcher must not see half a line.
-    draft = Path(f"{path}.draft")
-    draft.write_text(f"{_beats} {_step}\n")
-    draft.replace(path)
-
-
-_step = 0
+    _pulse.beat(step)

@@ -17,12 +17,13 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from dissect_optax.dissection import _processes as processes
 from dissect_optax.dissection._errors import UserError
 from dissect_optax.dissection._locks import only_process
 from dissect_optax.dissection._problem import Settings
@@ -402,6 +403,9 @@ def _read_record(path: Path) -> Record:
 class Store:
     """Finished runs, in a directory or in memory.
 
+    Of several processes that train together, process 0 reads and writes the directory
+    for all of them, and every one must call the same methods.
+
     Args:
       root: The directory; it need not exist yet. With None, records are kept in memory
         and nothing is written.
@@ -438,7 +442,9 @@ class Store:
         if self.in_memory:
             configs = (record.config for record in self._in_memory.values())
             return sorted({c.optimizer for c in configs if c.problem == problem})
-        found = (self.root / problem).glob("*/rate*.json")
+        found = processes.from_primary(
+            lambda: list((self.root / problem).glob("*/rate*.json"))
+        )
         return sorted({path.parent.name for path in found})
 
     def everything(self) -> Iterator[Record]:
@@ -472,8 +478,11 @@ class Store:
         Raises:
           UserError: There is such a run, finished or not.
         """
-        if self.in_memory:
-            return
+        if not self.in_memory:
+            processes.from_primary(lambda: self._check_data(problem, data))
+
+    def _check_data(self, problem: str, data: str) -> None:
+        """The same, in one process."""
         for path, trained_on in self._trained_on(problem):
             if trained_on != data:
                 raise UserError(
@@ -499,10 +508,17 @@ class Store:
 
     def find(self, config: RunConfig) -> Record | None:
         """The record of this run, if the run is finished."""
+        (record,) = self.find_all([config])
+        return record
+
+    def find_all(self, configs: Sequence[RunConfig]) -> list[Record | None]:
+        """The records of these runs, None for those that are not finished."""
         if self.in_memory:
-            return self._in_memory.get(_name_in_memory(config))
-        path = self.path(config)
-        return _read_record(path) if path.exists() else None
+            return [self._in_memory.get(_name_in_memory(c)) for c in configs]
+        paths = [self.path(config) for config in configs]
+        return processes.from_primary(
+            lambda: [_read_record(path) if path.exists() else None for path in paths]
+        )
 
     def records(
         self,
@@ -525,8 +541,10 @@ class Store:
         if self.in_memory:
             found = list(self._in_memory.values())
         else:
-            paths = self.folder(problem, optimizer).glob("rate*.json")
-            found = [_read_record(path) for path in paths]
+            folder = self.folder(problem, optimizer)
+            found = processes.from_primary(
+                lambda: [_read_record(path) for path in folder.glob("rate*.json")]
+            )
         found.sort(key=lambda record: (record.config.learning_rate, record.config.seed))
         wanted = {
             "problem": problem,
@@ -547,8 +565,14 @@ class Store:
         """Adds a finished run; does nothing if it exists."""
         if self.in_memory:
             self._in_memory.setdefault(_name_in_memory(record.config), record)
-        elif not self.path(record.config).exists():
-            write_checked(self.path(record.config), record_to_json(record))
+            return
+        path = self.path(record.config)
+
+        def write_once() -> None:
+            if not path.exists():
+                write_checked(path, record_to_json(record))
+
+        processes.from_primary(write_once)
 
     @contextlib.contextmanager
     def lock(
@@ -565,12 +589,17 @@ class Store:
             yield
             return
         folder = self.folder(problem, optimizer)
-        folder.mkdir(parents=True, exist_ok=True)
         notice = f"Another process works in {folder}; waiting for it to finish."
-        with only_process(folder / ".lock", say, notice):
-            # Of processes that were killed while they wrote.
-            for draft in folder.glob(".rate*.json.*"):
-                draft.unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+
+            def enter() -> None:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_process(folder / ".lock", say, notice))
+                # Of processes that were killed while they wrote.
+                for draft in folder.glob(".rate*.json.*"):
+                    draft.unlink(missing_ok=True)
+
+            processes.from_primary(enter)
             yield
 
 

@@ -1,4 +1,4 @@
-"""Number of runs of one method that this device trains at a time, as one program.
+"""Number of runs of one method that one device trains at a time, as one program.
 
 An accelerator is filled: it takes as many runs as its memory holds. A CPU is full with
 one run as soon as a step has enough arithmetic for its cores; below that, steps are
@@ -35,7 +35,7 @@ def replicas_per_program(
       method: The optimizer.
       settings: Batch size.
       data: The data, on the device.
-      wanted: Number of runs that there are to train.
+      wanted: Number of runs that there are to train on this device.
 
     Returns:
       At least 1. On a CPU it may exceed a `wanted` of more than one: groups of one size
@@ -49,20 +49,22 @@ def replicas_per_program(
     leaves, structure = jax.tree.flatten(shapes)
     program = (problem, method, settings, structure, tuple(leaves))
     if jax.default_backend() == "cpu":
-        return filling_cores(_flops(*program), _cores())
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+        # Virtual devices share the cores.
+        cores = _cores() / jax.local_device_count()
+        return filling_cores(_flops(*program), cores)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:  # The device does not say.
         return max(wanted, 1)
     free = memory - sum(leaf.nbytes for leaf in jax.tree.leaves(data))
     return fitting_memory(_bytes_of_a_run(*program), free, wanted)
 
 
-def filling_cores(flops: float, cores: int) -> int:
+def filling_cores(flops: float, cores: float) -> int:
     """Number of runs that keeps all cores busy.
 
     Args:
       flops: Floating-point operations in one step of one run.
-      cores: Number of cores.
+      cores: Number of cores, or a part of one.
 
     Returns:
       Between 1 and 10.

@@ -11,13 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from dissect_optax.dissection import _checkpoints as checkpoints
 from dissect_optax.dissection import _interrupts as interrupts
+from dissect_optax.dissection import _processes as processes
 from dissect_optax.dissection._checkpoints import Group, GroupProgress
 from dissect_optax.dissection._data import Data, fingerprint, first_examples, hold_out
 from dissect_optax.dissection._environment import environment
+from dissect_optax.dissection._errors import UserError
 from dissect_optax.dissection._evaluation import evaluate
+from dissect_optax.dissection._meshes import (
+    REPLICA,
+    check_batch,
+    everywhere,
+    over_replicas,
+    place,
+    usual_mesh,
+    whole_replicas,
+)
 from dissect_optax.dissection._methods import Method
 from dissect_optax.dissection._problem import Problem, Settings
 from dissect_optax.dissection._progress import GroupReport, Monitor
@@ -59,8 +71,11 @@ class Job:
       monitor: Where progress is shown.
       data_dir: Directory of the data, None for the usual place.
       checkpoint_seconds: Least time between two checkpoints of a group.
-      replicas: Runs that are trained at a time; None to fill the device.
+      replicas: Runs that are trained at a time, rounded up to as many for each device
+        of the axis `replica`; None to fill the devices.
       diagnosis: Measurements at the first, the middle and the last evaluation.
+      mesh: Devices of the runs, with the axes `replica` and `data`; None for all of
+        them, on `replica` for a group and on `data` for one run.
     """
 
     problem: Problem
@@ -71,16 +86,34 @@ class Job:
     checkpoint_seconds: float = 30.0
     replicas: int | None = None
     diagnosis: Diagnosis | None = None
+    mesh: Mesh | None = None
 
     @property
     def data(self) -> Data:
-        """The data, on the device."""
+        """The data, on the first device of this process."""
         return _data(
             self.problem,
             self.data_dir,
             self.settings.validation_fraction,
             self.settings.examples,
         )
+
+    def data_on(self, mesh: Mesh) -> Data:
+        """The data, on each device of a mesh."""
+        return _data_on(
+            mesh,
+            self.problem,
+            self.data_dir,
+            self.settings.validation_fraction,
+            self.settings.examples,
+        )
+
+    def mesh_of(self, size: int) -> Mesh:
+        """The devices of a group of so many runs, which divide its mini-batches."""
+        batch_size = self.settings.batch_size
+        mesh = self.mesh or usual_mesh(size, batch_size)
+        check_batch(mesh, batch_size)
+        return mesh
 
     @property
     def fingerprint(self) -> str:
@@ -111,14 +144,27 @@ class Job:
 
 @functools.cache
 def _whole_data(problem: Problem, data_dir: Path | None) -> Data:
-    """The data, on the device, loaded once per process."""
-    return jax.tree.map(jnp.asarray, problem.load_data(data_dir))
+    """The data, on the first device, loaded once per process."""
+    return processes.on_every_process(
+        lambda: jax.tree.map(jnp.asarray, problem.load_data(data_dir))
+    )
 
 
 @functools.cache
 def _fingerprint(problem: Problem, data_dir: Path | None) -> str:
     """The fingerprint of the data, computed once per process."""
-    return fingerprint(_whole_data(problem, data_dir))
+    found = fingerprint(_whole_data(problem, data_dir))
+    expected = processes.from_primary(lambda: found)
+
+    def check() -> None:
+        if found != expected:
+            raise UserError(
+                f"The data of {problem.name} ({found}) are not those of process 0"
+                f" ({expected}). Give every host the same data."
+            )
+
+    processes.on_every_process(check)
+    return found
 
 
 @functools.cache
@@ -134,6 +180,12 @@ def _data(
     return hold_out(Data(*parts), validation_fraction)
 
 
+@functools.cache
+def _data_on(mesh: Mesh, *part: Any) -> Data:
+    """The same on each device of a mesh."""
+    return place(_data(*part), everywhere(mesh))
+
+
 def _measurement(
     evaluation: dict[str, np.ndarray], index: int, step: int, seconds: float
 ) -> Measurement:
@@ -143,18 +195,19 @@ def _measurement(
     return Measurement(step, round(seconds, 3), values)
 
 
-def _replicas(group: Group) -> Replica:
-    """Step sizes and seeds of a group, on the device.
+def _replicas(group: Group, mesh: Mesh) -> Replica:
+    """Step sizes and seeds of a group, each on the devices of its run.
 
     Empty places are filled by copies of the last run: a group of another size would be
     another program, and compiling takes longer than the copies do.
     """
     empty = group.size - len(group.configs)
     padded = [*group.configs, *[group.configs[-1]] * empty]
-    return Replica(
+    replicas = Replica(
         learning_rate=jnp.array([c.learning_rate for c in padded], jnp.float32),
         seed=jnp.array([c.seed for c in padded], jnp.uint32),
     )
+    return place(replicas, over_replicas(mesh))
 
 
 def _range_of(group: Group) -> str:
@@ -193,6 +246,7 @@ def _is_evaluated(progress: GroupProgress) -> bool:
 def _add_evaluation(
     job: Job,
     group: Group,
+    mesh: Mesh,
     replicas: Replica,
     progress: GroupProgress,
     started: float,
@@ -201,20 +255,24 @@ def _add_evaluation(
     evaluation = evaluate(
         job.problem,
         job.settings,
-        job.data,
+        job.data_on(mesh),
         replicas,
         progress.state.step,
         progress.state.params,
-        stop=interrupts.arrived,
+        stop=processes.interrupted,
+        mesh=mesh,
     )
     if evaluation is None:
         return
+    measured = evaluation
+    # Sums of other devices may differ in their last digits, and decisions must not.
+    evaluation = processes.from_primary(lambda: measured)
     progress.seconds = time.perf_counter() - started
     for index in _alive(progress):
         progress.evaluations[index].append(
             _measurement(evaluation, index, progress.step, progress.seconds)
         )
-    _add_diagnosis(job, group, progress)
+    _add_diagnosis(job, group, mesh, progress)
 
 
 def diagnosed_steps(settings: Settings) -> tuple[int, int, int]:
@@ -228,22 +286,43 @@ def diagnosed_steps(settings: Settings) -> tuple[int, int, int]:
     return 0, settings.steps // 2 // interval * interval, settings.steps
 
 
-def _add_diagnosis(job: Job, group: Group, progress: GroupProgress) -> None:
+def _add_diagnosis(job: Job, group: Group, mesh: Mesh, progress: GroupProgress) -> None:
     """Measures the run that is to be diagnosed, if it is time and it is there."""
     is_due = progress.step in diagnosed_steps(job.settings)
     if job.diagnosis is None or not is_due:
         return
     for index in _alive(progress):
         if group.configs[index].seed == job.diagnosis.seed:
-            params = jax.tree.map(lambda leaf, i=index: leaf[i], progress.state.params)
-            found = job.diagnosis.measure(params)
-            progress.diagnostics[index][progress.step] = json_object("diagnosis", found)
+            params = _params_of_run(mesh, progress.state.params, index)
+            # Each process measures for itself, where it has the data.
+            (device,) = jax.tree.leaves(job.data.training)[0].devices()
+            found = job.diagnosis.measure(_local_copy(params, device))
+            progress.diagnostics[index][progress.step] = processes.from_primary(
+                functools.partial(json_object, "diagnosis", found)
+            )
 
 
-def _begin(job: Job, method: Method, group: Group, replicas: Replica) -> GroupProgress:
+def _local_copy(tree: Any, device: jax.Device) -> Any:
+    """Arrays that every device holds, on this one alone."""
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf.addressable_data(0), device), tree
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _params_of_run(mesh: Mesh, params: Any, index: jax.typing.ArrayLike) -> Any:
+    """Parameters of one run of a group, on each device."""
+    return jax.lax.with_sharding_constraint(
+        jax.tree.map(lambda leaf: leaf[index], params), everywhere(mesh)
+    )
+
+
+def _begin(
+    job: Job, method: Method, group: Group, mesh: Mesh, replicas: Replica
+) -> GroupProgress:
     """The group at its last checkpoint, or before its first step; evaluated there."""
     started = time.perf_counter()
-    state = initialise(job.problem, method, replicas)
+    state = initialise(job.problem, method, replicas, mesh)
     progress = None
     if not job.store.in_memory:
         progress = checkpoints.restore(job.store, group, template=state)
@@ -255,7 +334,7 @@ def _begin(job: Job, method: Method, group: Group, replicas: Replica) -> GroupPr
     started -= progress.seconds
     is_due = progress.step % job.settings.evaluation_interval == 0
     if is_due and not _is_evaluated(progress):
-        _add_evaluation(job, group, replicas, progress, started)
+        _add_evaluation(job, group, mesh, replicas, progress, started)
     return progress
 
 
@@ -279,6 +358,7 @@ def _train(
     job: Job,
     method: Method,
     group: Group,
+    mesh: Mesh,
     replicas: Replica,
     progress: GroupProgress,
     report: GroupReport,
@@ -296,38 +376,46 @@ def _train(
             method,
             settings,
             steps,
-            job.data,
+            job.data_on(mesh),
             replicas,
             progress.state,
+            mesh,
         )
         progress.step += steps
         jax.block_until_ready(progress.state)
-        seconds = (time.perf_counter() - called) * at_a_time / steps
+        processes.beat(progress.step)
+        (seconds,) = processes.largest(time.perf_counter() - called)
+        seconds *= at_a_time / steps
         at_a_time = min(steps_of_next_call(at_a_time, seconds), interval)
         progress.seconds = time.perf_counter() - started
         if progress.step % interval == 0:
-            _add_evaluation(job, group, replicas, progress, started)
+            _add_evaluation(job, group, mesh, replicas, progress, started)
         report(progress.step, _newest(progress))
         is_due = time.perf_counter() - last_save >= job.checkpoint_seconds
-        if not job.store.in_memory and (is_due or interrupts.arrived()):
+        due, stops = processes.largest(is_due, processes.stops())
+        if not job.store.in_memory and (due or stops):
             checkpoints.save(job.store, group, progress)
             last_save = time.perf_counter()
-        interrupts.check()
+        if stops:
+            raise KeyboardInterrupt
 
 
 def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
     """Trains a group, from where an earlier process left it, to its records."""
-    replicas = _replicas(group)
+    mesh = job.mesh_of(group.size)
+    # One that is resumed may have been begun on other devices.
+    group = dataclasses.replace(group, size=whole_replicas(mesh, group.size))
+    replicas = _replicas(group, mesh)
     with (
         job.monitor.group(title, job.settings.steps) as report,
         interrupts.deferred(),
     ):
-        progress = _begin(job, method, group, replicas)
+        progress = _begin(job, method, group, mesh, replicas)
         # Nothing is lost yet.
-        interrupts.check()
+        processes.check_interrupt()
         report.begin(progress.step, _newest(progress))
-        _train(job, method, group, replicas, progress, report)
-        ran_on = environment() | {"data": group.data}
+        _train(job, method, group, mesh, replicas, progress, report)
+        ran_on = environment() | {"mesh": dict(mesh.shape), "data": group.data}
         for config, lines, found in zip(
             group.configs, progress.evaluations, progress.diagnostics, strict=True
         ):
@@ -335,7 +423,7 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
         if not job.store.in_memory:
             checkpoints.remove(job.store, group)
     # One that came after the last steps.
-    interrupts.check()
+    processes.check_interrupt()
 
 
 def _unfinished(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Group]:
@@ -346,10 +434,25 @@ def _unfinished(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[
     ):
         if set(group.configs) & set(missing):
             groups.append(group)
-        elif all(job.store.find(config) for config in group.configs):
+        elif all(job.store.find_all(group.configs)):
             # The process died after its last record.
             checkpoints.remove(job.store, group)
     return groups
+
+
+def _size_of_groups(job: Job, method: Method, wanted: int) -> int:
+    """Number of runs that are trained at a time, as many for each device."""
+    if job.mesh is not None:
+        devices = job.mesh.shape[REPLICA]
+    else:
+        devices = 1 if 1 in (wanted, job.replicas) else jax.device_count()
+    if job.replicas is not None:
+        return -(-job.replicas // devices) * devices
+    return devices * processes.from_primary(
+        lambda: replicas_per_program(
+            job.problem, method, job.settings, job.data, -(-wanted // devices)
+        )
+    )
 
 
 def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Group]:
@@ -359,9 +462,7 @@ def _groups(job: Job, method: Method, missing: Sequence[RunConfig]) -> list[Grou
     fresh = [config for config in missing if config not in resumed]
     if not fresh:
         return groups
-    size = job.replicas or replicas_per_program(
-        job.problem, method, job.settings, job.data, len(fresh)
-    )
+    size = _size_of_groups(job, method, len(fresh))
     for first in range(0, len(fresh), size):
         configs = tuple(fresh[first : first + size])
         groups.append(Group(configs, size, job.fingerprint))
@@ -392,8 +493,8 @@ def complete(
         store.lock(job.problem.name, method.name, job.monitor.say),
     ):
         job.check_data()
-        missing = [config for config in configs if store.find(config) is None]
+        found = store.find_all(configs)
+        missing = [c for c, record in zip(configs, found, strict=True) if not record]
         for group in _groups(job, method, missing):
             _run_group(job, method, f"{title}, {_range_of(group)}", group)
-    found = [store.find(config) for config in configs]
-    return [record for record in found if record is not None]
+    return [record for record in store.find_all(configs) if record is not None]

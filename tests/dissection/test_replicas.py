@@ -62,7 +62,7 @@ def accelerator(monkeypatch):
         stats = None if limit is None else {"bytes_limit": limit}
         device = SimpleNamespace(memory_stats=lambda: stats)
         monkeypatch.setattr(module.jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(module.jax, "devices", lambda: [device])
+        monkeypatch.setattr(module.jax, "local_devices", lambda: [device])
 
     return set_memory
 

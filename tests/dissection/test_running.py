@@ -107,10 +107,10 @@ def test_interrupt_after_the_last_step_keeps_the_record(tmp_path, monkeypatch):
 def test_interrupt_ends_an_evaluation(evaluation, checkpoints, tmp_path, monkeypatch):
     evaluations = itertools.count()
 
-    def interrupted(*arguments, stop):
+    def interrupted(*arguments, stop, mesh):
         if next(evaluations) == evaluation:
             signal.raise_signal(signal.SIGINT)
-        return evaluate(*arguments, stop=stop)
+        return evaluate(*arguments, stop=stop, mesh=mesh)
 
     runs = job(tmp_path)
     with monkeypatch.context() as patch:

@@ -1,0 +1,112 @@
+"""The small problem as one of several processes: `python -m tests.dissection.processes`.
+
+The arguments after those of `launch` are the directory of its records, the number of
+steps, of step sizes, and seconds to wait after every call, so that there is time to
+kill it.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from dissect_optax.dissection import (
+    Monitor,
+    UserError,
+    complete,
+    get_method,
+    is_primary,
+    make_mesh,
+    parse_mesh,
+    recorded,
+    run_command,
+    start_if,
+)
+from dissect_optax.dissection import _running as running
+from tests.dissection.toys import SETTINGS, job
+
+
+class Reports(Monitor):
+    """Shows nothing but where groups begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console.quiet = True
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains the group; returns the exit status."""
+    try:
+        with recorded():
+            start_if(
+                options.distributed,
+                options.coordinator,
+                options.processes,
+                options.process_id,
+            )
+            train(options)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        return 130
+    except UserError as error:
+        print(error, flush=True)
+        return 2
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains the group, and waits after each call."""
+    begin = running.GroupReport.begin
+    call = running.GroupReport.__call__
+
+    def begun(report, step, newest):
+        print(f"begins at {step}", flush=True)
+        begin(report, step, newest)
+
+    def called(report, step, newest):
+        time.sleep(options.wait)
+        if options.hangs_in == jax.process_index():
+            time.sleep(1000)
+        call(report, step, newest)
+
+    running.GroupReport.begin = begun
+    running.GroupReport.__call__ = called
+    mesh = None if options.mesh is None else make_mesh(parse_mesh(options.mesh))
+    runs = job(
+        options.root,
+        settings=dataclasses.replace(SETTINGS, steps=options.steps),
+        checkpoint_seconds=0.0,
+        replicas=options.count,
+        monitor=Reports(),
+        mesh=mesh,
+    )
+    method = get_method("m_svag")
+    configs = [runs.config(method, 0.1 * (i + 1), i) for i in range(options.count)]
+    with jax.numpy_rank_promotion("raise"):
+        complete(runs, method, "toy", configs)
+    if is_primary():
+        print("finished", flush=True)
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--wait", type=float, default=0.0)
+    parser.add_argument("--hangs-in", type=int)
+    parser.add_argument("--mesh")
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    options = parser.parse_args()
+    return run_command(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
