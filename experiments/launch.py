@@ -318,6 +318,8 @@ def _report_death(
 ) -> int:
     """Ends the others of a process that died, and says who it was."""
     time.sleep(_SECONDS_TO_FIND_THE_FIRST)
+    for rank in ranks:
+        rank.look()
     dead = [rank for rank in ranks if rank.died]
     if {rank.process.returncode for rank in dead} == {2}:
         # A mistake in the command, which every process has explained.
@@ -350,12 +352,11 @@ def _say(what: str, resume: str, logs: Path) -> None:
 def _hung(ranks: Sequence[Rank], deadline: float) -> str | None:
     """Who hangs, in words; None if nobody does."""
     running = [rank for rank in ranks if rank.process.poll() is None]
-    late = [rank for rank in running if time.monotonic() - rank.seen > deadline]
-    if not late:
+    if not any(time.monotonic() - rank.seen > deadline for rank in running):
         return None
     # Its peers have counted further before they began to wait for it.
-    slowest = min(rank.beat[0] for rank in late)
-    indices = [str(rank.index) for rank in late if rank.beat[0] == slowest]
+    slowest = min(rank.beat[0] for rank in running)
+    indices = [str(rank.index) for rank in running if rank.beat[0] == slowest]
     if len(indices) == 1:
         return f"process {indices[0]}"
     return f"processes {', '.join(indices)}"
