@@ -108,7 +108,10 @@ def _folder(store: Store, group: Group) -> Path:
 
 
 def _write_group(store: Store, group: Group) -> None:
-    """Records which runs belong to the checkpoints."""
+    """Records which runs belong to the checkpoints, and the size of their group."""
+    if (_folder(store, group) / "group.json").exists():
+        # Of a group that goes on with copies for other devices; the size stays.
+        return
     configs = [config_to_json(config) for config in group.configs]
     write_checked(
         _folder(store, group) / "group.json",
@@ -162,8 +165,9 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
       OSError: The disk is full, say; the previous checkpoint is intact.
     """
     content = _to_bytes(progress.state)
+    size = len(progress.state.step)
     measured = {
-        "size": group.size,
+        "size": size,
         "seconds": progress.seconds,
         "evaluations": [
             [measurement_to_json(line) for line in lines]
@@ -173,7 +177,7 @@ def save(store: Store, group: Group, progress: GroupProgress) -> None:
             {str(step): values for step, values in found.items()}
             for found in progress.diagnostics
         ],
-        "layout": _layout(progress.state, group.size),
+        "layout": _layout(progress.state, size),
         "bytes": _digest(content),
     }
     measured["digest"] = digest(measured)
@@ -222,7 +226,7 @@ def _alone() -> dict[str, Any]:
         "create": False,
         "multiprocessing_options": ocp.options.MultiprocessingOptions(
             primary_host=0, active_processes={0}, barrier_sync_key_prefix="process_0"
-        )
+        ),
     }
 
 
@@ -381,8 +385,10 @@ def _read(
             ).measured
             if measured.pop("digest") != digest(measured):
                 raise ValueError("its measurements are not those that were written")
-            # The group may have been written again, for other devices, since then.
+            # Rounded up for the devices of the process that wrote it.
             size = measured.setdefault("size", group.size)
+            if size < group.size:
+                raise ValueError("it holds fewer runs than its group")
             if measured["layout"] != _layout(template, size):
                 raise ValueError("its arrays are not those of this optimizer")
             if len(measured["evaluations"]) != len(group.configs):

@@ -404,8 +404,8 @@ def _run_group(job: Job, method: Method, title: str, group: Group) -> None:
     """Trains a group, from where an earlier process left it, to its records."""
     mesh = job.mesh_of(group.size)
     # One that is resumed may have been begun on other devices.
-    group = dataclasses.replace(group, size=whole_replicas(mesh, group.size))
-    replicas = _replicas(group, mesh)
+    rounded = dataclasses.replace(group, size=whole_replicas(mesh, group.size))
+    replicas = _replicas(rounded, mesh)
     with (
         job.monitor.group(title, job.settings.steps) as report,
         interrupts.deferred(),

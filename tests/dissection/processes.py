@@ -1,8 +1,7 @@
-"""The small problem as one of several processes: `python -m tests.dissection.processes`.
+"""The small problem as a command that `launch` can start as several processes.
 
-The arguments after those of `launch` are the directory of its records, the number of
-steps, of step sizes, and seconds to wait after every call, so that there is time to
-kill it.
+Its arguments are the directory of its records, the number of steps and of runs, and
+seconds to wait after every call, so that there is time to kill it.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 import jax
 
 from dissect_optax.dissection import (
-    Monitor,
+    Job,
     UserError,
     complete,
     get_method,
@@ -27,14 +26,6 @@ from dissect_optax.dissection import (
 )
 from dissect_optax.dissection import _running as running
 from tests.dissection.toys import SETTINGS, job
-
-
-class Reports(Monitor):
-    """Shows nothing but where groups begin."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.console.quiet = True
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,8 +59,6 @@ def train(options: argparse.Namespace) -> None:
 
     def called(report, step, newest):
         time.sleep(options.wait)
-        if options.hangs_in == jax.process_index():
-            time.sleep(1000)
         call(report, step, newest)
 
     running.GroupReport.begin = begun
@@ -80,15 +69,19 @@ def train(options: argparse.Namespace) -> None:
         settings=dataclasses.replace(SETTINGS, steps=options.steps),
         checkpoint_seconds=0.0,
         replicas=options.count,
-        monitor=Reports(),
         mesh=mesh,
     )
     method = get_method("m_svag")
-    configs = [runs.config(method, 0.1 * (i + 1), i) for i in range(options.count)]
     with jax.numpy_rank_promotion("raise"):
-        complete(runs, method, "toy", configs)
+        complete(runs, method, "toy", configs_of(runs, options.count))
     if is_primary():
         print("finished", flush=True)
+
+
+def configs_of(runs: Job, count: int) -> list:
+    """So many runs, with a step size and a seed each."""
+    method = get_method("m_svag")
+    return [runs.config(method, 0.1 * (i + 1), i) for i in range(count)]
 
 
 def main() -> int:
@@ -98,7 +91,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--wait", type=float, default=0.0)
-    parser.add_argument("--hangs-in", type=int)
     parser.add_argument("--mesh")
     parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator")

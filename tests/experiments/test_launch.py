@@ -142,7 +142,9 @@ def test_a_signal_is_passed_on_once(number, tmp_path, capfd):
 
 
 def test_processes_that_ignore_a_signal_have_a_limit(tmp_path):
-    ignoring = script().replace("signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN")
+    ignoring = script().replace(
+        "signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN"
+    )
     threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     status, seconds = launch(ignoring, tmp_path, grace=1.0)
     assert status == launching.INTERRUPTED
@@ -197,8 +199,7 @@ def test_two_processes_train_the_digits_as_one_does(tmp_path):
 
     def run(*before, root):
         done = subprocess.run(
-            [sys.executable, "-m", "experiments", *before, *train]
-            + ["--runs-dir", str(tmp_path / root)],
+            [sys.executable, "-m", "experiments", *before, *train, "--runs-dir", root],
             cwd=REPOSITORY,
             env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             capture_output=True,
@@ -207,12 +208,12 @@ def test_two_processes_train_the_digits_as_one_does(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         # A record is written once, and no checkpoint is left.
-        (path,) = (tmp_path / root).glob("digits/m_svag/**/*.json")
+        (path,) = Path(root).glob("digits/m_svag/**/*.json")
         return done.stdout, json.loads(path.read_text())
 
     logs = str(tmp_path / "logs")
-    shown, two = run("launch", "--logs", logs, "--", root="two")
-    _, one = run(root="one")
+    shown, two = run("launch", "--logs", logs, "--", root=str(tmp_path / "two"))
+    _, one = run(root=str(tmp_path / "one"))
     assert shown.count("M-SVAG, step size 0.3, seed 0: training loss") == 1
     assert "Record:" not in (tmp_path / "logs/process1.log").read_text()
     assert two["config"] == one["config"]
