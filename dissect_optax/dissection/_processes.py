@@ -80,8 +80,12 @@ def start(
             " of them where JAX detects the cluster, got"
             f" {', '.join(map(repr, given))}."
         )
+    # A cluster that is there, too, is not asked for the rest.
+    method = None if coordinator is None else "deactivate"
     try:
-        jax.distributed.initialize(coordinator, processes, process_id)
+        jax.distributed.initialize(
+            coordinator, processes, process_id, cluster_detection_method=method
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             "The processes could not be connected. Expected a cluster that JAX detects,"
