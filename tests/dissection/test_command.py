@@ -90,6 +90,14 @@ def test_a_problem_of_the_current_directory_is_dissected(module, tmp_path, capsy
         (["my_problems:problem", "--methods", "adm"], "Did you mean 'adam'?"),
         (["my_problems:problem", "--batch-size", "8", "8"], "different numbers"),
         (["my_problems:problem", "--directory", "my_problems.py"], "got the file"),
+        (["my_problems:problem", "--mesh", "data"], "must be axes with their sizes"),
+        (["my_problems:problem", "--mesh", "data=64"], "mesh needs 64 devices, and"),
+        (["my_problems:problem", "--mesh", "rows=1"], "There is no mesh axis 'rows'"),
+        (["my_problems:problem", "--processes", "2"], "are for `--distributed`"),
+        (
+            ["my_problems:problem", "--distributed", "--process-id", "0"],
+            "coordinator, number of processes and process id together",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence(module, arguments, sentence, capsys, monkeypatch):

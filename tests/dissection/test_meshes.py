@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dissect_optax.dissection import UserError, make_mesh, parse_mesh
+from dissect_optax.dissection import UserError, dissect, make_mesh, parse_mesh
+from tests.dissection import small_problems
 from tests.dissection.toys import job, train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -119,3 +120,14 @@ def test_a_record_says_on_which_mesh_it_was_trained():
     assert record.environment["mesh"] == {"replica": 1, "data": 1}
     assert record.environment["processes"] == 1
     assert record.environment["devices"] == jax.device_count()
+
+
+def test_dissect_takes_a_mesh():
+    arguments = small_problems.arguments(budget="race", steps=10)
+    given = jax.make_mesh((1,), ("data",))
+    one, other = (dissect(**arguments, mesh=mesh) for mesh in (None, given))
+    assert [run.training_loss for run in one.runs] == [
+        run.training_loss for run in other.runs
+    ]
+    with pytest.raises(UserError, match="The mesh needs 64 devices"):
+        dissect(**arguments, mesh={"data": 64})

@@ -159,6 +159,14 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
         (["figure", "3", "--problems"], "`--problems` must be .* got nothing"),
         (["tune", "digits", "--optimizers"], "`--optimizers` must be .* got nothing"),
         (["table", "--optimizers", "adam", "adam"], "different values, got adam adam"),
+        (["tune", "digits", "--mesh", "data"], "A mesh must be axes with their sizes"),
+        (["reproduce", "digits", "--mesh", "data=64"], "needs 64 devices, and JAX"),
+        (["dissect", "digits", "--mesh", "row=2"], "There is no mesh axis 'row'"),
+        (["family", "digits", "--processes", "2"], "are for `--distributed`; give"),
+        (
+            ["tune", "digits", "--distributed", "--process-id", "1"],
+            "process id together",
+        ),
         (["curves", "digits", "--checkpoint-seconds", "nan"], "not be negative"),
         (
             ["train", "cifar100", "--optimizer", "optax.rprop", "--learning-rate", "1"],
