@@ -67,8 +67,8 @@ class Rank:
 
     @property
     def died(self) -> bool:
-        """Whether it ended, and not well."""
-        return self.process.poll() not in (None, 0)
+        """Whether it ended, neither well nor because of a signal."""
+        return self.process.poll() not in (None, 0, INTERRUPTED)
 
     def blame(self) -> tuple[int, int]:
         """Ranks the dead: who was killed comes before who aborted or failed for it."""
@@ -196,7 +196,6 @@ def launch(
             return _watch(ranks, arrived, shown, step_deadline, grace, resume, logs)
         finally:
             _end(ranks)
-            _show(shown)
 
 
 @contextlib.contextmanager
@@ -274,9 +273,12 @@ def _watch(
     last_call = float("inf")
     while any(rank.process.poll() is None for rank in ranks):
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        _show(shown)
         for rank in ranks:
             rank.look()
+        if any(rank.died for rank in ranks) and not arrived:
+            # What process 0 says now of its peer's death is in its log.
+            break
+        _show(shown)
         while passed_on < len(arrived):
             # Once is a request for a checkpoint, twice an end.
             _send(ranks, arrived[passed_on])
@@ -286,8 +288,6 @@ def _watch(
             break
         if arrived:
             continue
-        if any(rank.died for rank in ranks):
-            break
         if hung := _hung(ranks, step_deadline):
             _say(
                 f"{hung} showed no pulse for {step_deadline:g} seconds, after step"
@@ -297,9 +297,10 @@ def _watch(
             )
             return FAILED
     statuses = {rank.process.poll() for rank in ranks}
-    if arrived:
-        if statuses == {0}:  # They had just finished.
-            return 0
+    if statuses == {0}:  # Perhaps just before a signal.
+        _show(shown)
+        return 0
+    if arrived or statuses <= {0, INTERRUPTED}:
         _end(ranks)
         _show(shown)
         print(
@@ -308,8 +309,6 @@ def _watch(
             file=sys.stderr,
         )
         return INTERRUPTED
-    if statuses == {0}:
-        return 0
     return _report_death(ranks, shown, resume, logs)
 
 
@@ -324,11 +323,13 @@ def _report_death(
     if {rank.process.returncode for rank in dead} == {2}:
         # A mistake in the command, which every process has explained.
         _end(ranks)
+        _show(shown)
         return 2
     first = min(dead, key=Rank.blame)
     survivors = [rank.index for rank in ranks if rank not in dead]
     _end(ranks)
-    _show(shown)
+    if first.index == 0:
+        _show(shown)
     others = "the others were ended" if survivors else "the others failed with it"
     if len(ranks) == 1:
         others = "it was the only one"

@@ -141,6 +141,14 @@ def test_a_signal_is_passed_on_once(number, tmp_path, capfd):
         assert log.count("stopping") == 1
 
 
+def test_a_signal_to_one_process_may_stop_all(tmp_path, capfd):
+    stopping = script("time.sleep(0 if index == 1 else 2); sys.exit(130)")
+    status, _ = launch(stopping, tmp_path)
+    assert status == launching.INTERRUPTED
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Interrupted. The same command goes on from")
+
+
 def test_processes_that_ignore_a_signal_have_a_limit(tmp_path):
     ignoring = script().replace(
         "signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN"
