@@ -48,18 +48,15 @@ def numbers_of_group(method: Method, mesh: jax.sharding.Mesh, runs: int) -> Any:
         over_replicas(mesh),
     )
     state = training.initialise(PROBLEM, method, group, mesh)
-    lowered = training._advance_group.lower(
+    compiled = training._advance_group.lower(
         PROBLEM, method, SETTINGS.batch_size, mesh, 1, data, group, state
-    )
-    text = lowered.compile().as_text()
+    ).compile()
     counts = {
-        name: len(re.findall(rf" [\w-]*{name}(?:-start)?\(", text))
+        name: len(re.findall(rf" [\w-]*{name}(?:-start)?\(", compiled.as_text()))
         for name in COLLECTIVES
     }
     for steps in (1, 5):
-        state = training.advance(
-            PROBLEM, method, SETTINGS, steps, data, group, state, mesh
-        )
+        state = compiled(steps, data, group, state)
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.is_equivalent_to(over_replicas(mesh), leaf.ndim)
     found = evaluate(
