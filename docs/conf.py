@@ -32,6 +32,7 @@ PAGES = {
         "docs/gradient_variance",
         "docs/numerics",
         "docs/scaling",
+        "docs/scaling_runs",
         "docs/theory",
     ],
     "Results": ["docs/reproduction", "docs/results", "benchmarks/README"],
