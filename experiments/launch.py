@@ -202,10 +202,10 @@ def launch(
 def _signals() -> Iterator[list[int]]:
     """Collects signals, instead of dying of them."""
     arrived: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP.
     before = {
         number: signal.signal(number, lambda number, _: arrived.append(number))
-        for number in numbers
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name))
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
