@@ -14,13 +14,12 @@ import jax
 
 from dissect_optax.dissection import (
     Job,
-    UserError,
     complete,
+    exit_status,
     get_method,
     is_primary,
     make_mesh,
     parse_mesh,
-    recorded,
     run_command,
     start_if,
 )
@@ -30,22 +29,17 @@ from tests.dissection.toys import SETTINGS, job
 
 def run(options: argparse.Namespace) -> int:
     """Trains the group; returns the exit status."""
-    try:
-        with recorded():
-            start_if(
-                options.distributed,
-                options.coordinator,
-                options.processes,
-                options.process_id,
-            )
-            train(options)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-        return 130
-    except UserError as error:
-        print(error, flush=True)
-        return 2
-    return 0
+
+    def action() -> None:
+        start_if(
+            options.distributed,
+            options.coordinator,
+            options.processes,
+            options.process_id,
+        )
+        train(options)
+
+    return exit_status("toys", action, goes_on=lambda: "The same goes on.")
 
 
 def train(options: argparse.Namespace) -> None:
