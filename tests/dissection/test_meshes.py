@@ -59,7 +59,8 @@ def test_all_devices_are_used_by_default(found):
     # 6 of 8 devices divide a mini-batch of 6 evenly.
     assert one == [1, 1, {"replica": 1, "data": 6}]
     count, size, mesh = several
-    assert (count, mesh) == (3, {"replica": 8, "data": 1})
+    # One of the three is the run that is finished.
+    assert (count, mesh) == (2, {"replica": 8, "data": 1})
     assert size % 8 == 0
 
 
