@@ -212,7 +212,7 @@ def test_two_processes_train_the_digits_as_one_does(tmp_path):
             env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         # A record is written once, and no checkpoint is left.
