@@ -89,22 +89,91 @@ def plain_interval(
     return in_range(Interval(value, value - half, value + half), low, high)
 
 
+class Skewness(NamedTuple):
+    """How far an estimate and its error are from those of a normal sample.
+
+    Attributes:
+      estimate: Third central moment of the estimate, over σ³.
+      with_variance: Covariance of the estimate with its estimated variance, over σ³.
+        In a sample of n independent numbers both are their skewness over √n.
+    """
+
+    estimate: float
+    with_variance: float
+
+
+NO_SKEWNESS = Skewness(0.0, 0.0)
+
+
+def skewed_quantiles(t: float, skewness: Skewness) -> tuple[float, float]:
+    """How far an estimate may lie below and above the truth, in standard errors.
+
+    Where T is Student's ratio of a skewed estimate x̂, it is not T but
+
+        h(T) = T + w/2 + (3w - g)(T² - 1)/6
+
+    that has Student's quantiles ±t, up to terms of the order 1/n (Johnson 1978, here
+    with the two moments g and w apart, since they differ in samples from a finite
+    population). The cubic term that makes h monotone is that of Hall (1992).
+
+    Args:
+      t: Student's quantile.
+      skewness: g and w.
+
+    Returns:
+      -T at h(T) = -t, and T at h(T) = t; never below zero.
+    """
+    g, w = skewness
+    slope = (3 * w - g) / 6
+    shift = w / 2 - slope
+
+    def ratio(h: float) -> float:
+        if abs(slope) < 1e-6:
+            return h - shift
+        return (float(np.cbrt(1 + 3 * slope * (h - shift))) - 1) / slope
+
+    return max(-ratio(-t), 0.0), max(ratio(t), 0.0)
+
+
 def positive_ratio_interval(
     numerator: float,
     denominator: float,
     covariance: np.ndarray,
     degrees: int,
+    skewness: Skewness = NO_SKEWNESS,
 ) -> Interval:
     """Ratio of two positive expectations, by the method of Fieller (1954).
 
     All θ ≥ 0 with (a - θb)² ≤ t² var[a - θb]. Where b may be zero, the interval has no
     upper end; that is the answer and not a failure, since a ratio to something that may
     be zero may be anything large.
+
+    Args:
+      numerator: a.
+      denominator: b.
+      covariance: Covariance of (a, b), of shape [2, 2].
+      degrees: Degrees of freedom of the covariance.
+      skewness: That of a - θb at the estimate of θ. The two ends then have quantiles of
+        their own.
+
+    Returns:
+      The interval.
     """
     t = student_quantile(degrees)
     value = numerator / denominator if denominator > 0 else math.inf
     if not math.isfinite(t) or not np.isfinite(covariance).all():
         return Interval(value, 0.0, math.inf)
+    # Where θ is below the truth, a - θb is above zero.
+    below, above = skewed_quantiles(t, skewness)
+    low, _ = _fieller_roots(numerator, denominator, covariance, above)
+    _, high = _fieller_roots(numerator, denominator, covariance, below)
+    return in_range(Interval(value, min(low, value), max(high, value)), 0.0, math.inf)
+
+
+def _fieller_roots(
+    numerator: float, denominator: float, covariance: np.ndarray, t: float
+) -> tuple[float, float]:
+    """Both θ with (a - θb)² = t² var[a - θb]; inf where there is no upper one."""
     (v_aa, v_ab), (_, v_bb) = covariance
     # f(θ) = square θ² - 2 cross θ + constant ≤ 0.
     square = denominator**2 - t**2 * v_bb
@@ -114,8 +183,7 @@ def positive_ratio_interval(
     # The smaller root, in a form in which nothing cancels.
     low = max(constant / (cross + root), 0.0) if cross + root > 0 else 0.0
     bounded = denominator > 0 and square > 0
-    high = (cross + root) / square if bounded else math.inf
-    return in_range(Interval(value, min(low, value), max(high, value)), 0.0, math.inf)
+    return low, (cross + root) / square if bounded else math.inf
 
 
 def signal_to_noise_covariance(
