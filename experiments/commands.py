@@ -109,6 +109,8 @@ class TrainingOptions(Options):
     """Steps of every run, for a look that is shorter than what was published."""
     evaluation_interval: _Number = None
     """Steps between two evaluations; divides the steps."""
+    examples: _Number = None
+    """Examples that the training and the test set are cut to."""
     replicas: _Number = None
     """Runs that are trained at a time; as many as fill the device if not given."""
 
@@ -203,6 +205,10 @@ def _task(problem_name: str, options: TrainingOptions) -> _Task:
         options.evaluation_interval,
         "--steps",
     )
+    if options.examples is not None:
+        if options.examples < 1:
+            raise UserError(f"`--examples` must be at least 1, got {options.examples}.")
+        settings = dataclasses.replace(settings, examples=options.examples)
     tuned_by = settings
     if isinstance(options, TuningOptions):
         tuned_by = dataclasses.replace(
@@ -422,9 +428,10 @@ def tune_step_sizes(
     names = _distinct("--optimizers", optimizers)
     for method in [_method(task.problem, name) for name in names]:
         tuned = tune(task.job, task.protocol, method)
+        largest = reporting.largest_stable(tuned)
         print(
             f"{method.label}: step size {tuned.learning_rate:g}, best of"
-            f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
+            f" {len(tuned.candidates)}; largest stable {largest}"
         )
 
 
@@ -784,6 +791,8 @@ def _suffix(options: Options) -> str:
             parts.append(f"_{options.steps}_steps")
         if options.evaluation_interval is not None:
             parts.append(f"_every_{options.evaluation_interval}")
+        if options.examples is not None:
+            parts.append(f"_of_{options.examples}_examples")
     if isinstance(options, TuningOptions):
         if options.tuning_steps is not None:
             parts.append(f"_tuned_by_{options.tuning_steps}_steps")

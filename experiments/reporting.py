@@ -21,6 +21,7 @@ from dissect_optax.dissection import (
     MethodResult,
     Protocol,
     Record,
+    Tuned,
     mean_and_std,
     student_quantile,
 )
@@ -165,11 +166,24 @@ def accuracy_table(
             percent(*accuracy_of_finished(result.replications)),
             *([problem.published.get(name, "–")] if problem.published else []),
             f"{result.tuned.learning_rate:g}",
-            f"{result.tuned.largest_stable:g}",
+            largest_stable(result.tuned),
             f"{len(result.replications)}"
             + (f", {diverged} diverged" if diverged else ""),
         )
     return table
+
+
+def largest_stable(tuned: Tuned) -> str:
+    """The largest stable step size as text.
+
+    Examples:
+      >>> largest_stable(Tuned(0.1, 1.0, ()))
+      '1'
+      >>> largest_stable(Tuned(0.1, 1e6, (), limit_seen=False))
+      '1e+06, the largest that was tried'
+    """
+    more = "" if tuned.limit_seen else ", the largest that was tried"
+    return f"{tuned.largest_stable:g}{more}"
 
 
 def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
@@ -225,6 +239,7 @@ def summary(
             "seeds": [r.config.seed for r in result.replications],
             "step_size": result.tuned.learning_rate,
             "largest_stable_step_size": result.tuned.largest_stable,
+            **({} if result.tuned.limit_seen else {"stable_at_every_step_size": True}),
             "environment": result.replications[0].environment,
         }
     return {

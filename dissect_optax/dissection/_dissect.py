@@ -439,7 +439,9 @@ def _tuning_of(job: Job, protocol: Protocol, method: Method, tuned: Raced) -> Tu
         candidates=_candidates(protocol, by_rate),
         picks=_picks(protocol, by_rate),
         at_edge=tuned.at_edge,
-        cost=tuned.cost,
+        race_cost=tuned.race_cost,
+        full_cost=tuned.full_cost,
+        limit_seen=tuned.limit_seen,
     )
 
 
@@ -458,22 +460,27 @@ def _tuning_of_race(
         largest_stable=raced.largest_stable,
         candidates=_candidates(protocol, by_rate),
         picks=_picks(protocol, by_rate),
-        at_edge=raced.learning_rate == min(candidates),
-        cost=raced.cost * race_settings(job.settings).steps / job.settings.steps,
+        # Where no larger step size is unstable, the largest is an edge, too.
+        at_edge=raced.learning_rate == min(candidates)
+        or (not raced.limit_seen and raced.learning_rate == max(candidates)),
+        race_cost=raced.cost * race_settings(job.settings).steps / job.settings.steps,
+        full_cost=0.0,
+        limit_seen=raced.limit_seen,
     )
 
 
 def _tuning_of_nothing(job: Job, protocol: Protocol, method: Method) -> Tuning:
     """The row of a method without a stable step size: everything that was tried."""
     tried: dict[float, Sequence[Record]] = {}
-    steps = 0
+    costs = []
     # A step size that was stable in the race was not in full runs.
     for settings in (race_settings(job.settings), job.settings):
         records = tuning_records(
             job, dataclasses.replace(protocol, settings=settings), method
         )
         tried |= {step_size(point): runs for point, runs in records.items()}
-        steps += sum(steps_taken(run) for runs in records.values() for run in runs)
+        steps = sum(steps_taken(run) for runs in records.values() for run in runs)
+        costs.append(steps / job.settings.steps)
     candidates = _candidates(protocol, tried)
     return Tuning(
         method=method.name,
@@ -483,7 +490,8 @@ def _tuning_of_nothing(job: Job, protocol: Protocol, method: Method) -> Tuning:
         candidates=tuple((rate, outcome, False) for rate, outcome, _ in candidates),
         picks=(),
         at_edge=False,
-        cost=steps / job.settings.steps,
+        race_cost=costs[0],
+        full_cost=costs[1],
     )
 
 

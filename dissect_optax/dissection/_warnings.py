@@ -105,6 +105,26 @@ class StepSizeAtGridEdge(DissectionWarning):
 
 
 @dataclasses.dataclass(frozen=True)
+class NoLargestStepSize(DissectionWarning):
+    """A method is stable up to the largest step size that was tried."""
+
+    method: str
+    batch_size: int
+    learning_rate: float
+    largest: float
+
+    @property
+    def sentence(self) -> str:
+        """The warning in plain language."""
+        return (
+            f"{self.method} at batch size {self.batch_size} was stable up to the"
+            f" largest step size tried, {self.largest:g}; the best of those tried,"
+            f" {self.learning_rate:g}, is compared. If a model separates the data, the"
+            " loss has no minimum and any step size is stable: add a regularizer."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class NothingStable(DissectionWarning):
     """A method diverged, or ended above where it began, at every step size."""
 
@@ -380,6 +400,21 @@ def _about_tuning(
             ends = (min(rates), max(rates)) if rates else (math.nan, math.nan)
             found.append(NothingStable(label, tuning.batch_size, *ends))
             continue
+        if not tuning.limit_seen:
+            tried = [
+                run.learning_rate
+                for run in runs
+                if run.role in ("race", "tuning")
+                and (run.method, run.batch_size) == (tuning.method, tuning.batch_size)
+            ]
+            found.append(
+                NoLargestStepSize(
+                    label,
+                    tuning.batch_size,
+                    tuning.learning_rate,
+                    max([tuning.largest_stable, *tried]),
+                )
+            )
         if tuning.at_edge:
             found.append(
                 StepSizeAtGridEdge(

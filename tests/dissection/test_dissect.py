@@ -120,7 +120,13 @@ def test_every_method_is_raced_tuned_and_replicated(four):
         assert len({row.seed for row in rows if row.role == "tuning"}) == 3
         assert len(tuning.picks) == 3
         assert tuning.learning_rate in [rate for rate, _, _ in tuning.candidates]
-        assert 3 <= tuning.cost <= 60
+        steps = {
+            role: sum(row.steps[-1] for row in rows if row.role == role)
+            for role in ("race", "tuning")
+        }
+        assert tuning.race_cost == pytest.approx(steps["race"] / 20)
+        assert tuning.full_cost == pytest.approx(steps["tuning"] / 20)
+        assert 3 <= tuning.full_cost <= 60
 
 
 def test_equal_seeds_share_initial_parameters(four):
@@ -198,8 +204,9 @@ def test_a_race_forecasts_and_has_no_effects(problem, four):
         assert forecast.race == four.forecast[8][name].race
         assert name in four.forecast_score[8]
     assert all("forecast" in reading.text for reading in result.verdict)
-    cheap = sum(tuning.cost for tuning in result.tunings)
-    assert cheap < sum(tuning.cost for tuning in four.tunings)
+    for tuning in result.tunings:
+        assert tuning.race_cost == four.tuning(tuning.method, 8).race_cost > 0
+        assert tuning.full_cost == 0
 
 
 def test_one_seed_decides_nothing(problem):
@@ -262,7 +269,7 @@ def test_measured_is_where_there_is_a_variance(
         diagnosed.append(job.diagnosis is not None)
         return []
 
-    raced = Raced(0.1, 0.1, (), {}, {}, False, 1.0)
+    raced = Raced(0.1, 0.1, (), {}, {}, False, True, 0.5, 0.5)
     monkeypatch.setattr(dissecting, "tune_by_race", lambda *_: raced)
     monkeypatch.setattr(dissecting, "replicate", replicate)
     run(problem, "adam", "m_ssd", level="cheap", batch_sizes=(batch_size,))
