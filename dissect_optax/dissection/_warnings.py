@@ -216,7 +216,7 @@ class LossClipped(DissectionWarning):
     def sentence(self) -> str:
         """The warning in plain language."""
         advice = ""
-        if self.lowest <= 0:
+        if self.lowest < 0:
             advice = (
                 " A loss that falls below zero has no logarithm: add a constant that"
                 " bounds it from below."
@@ -326,7 +326,10 @@ class MeasurementWarning(DissectionWarning):
 
 @dataclasses.dataclass(frozen=True)
 class CorrelatedExamples(DissectionWarning):
-    """Gradients of examples that follow one another are correlated."""
+    """Gradients of examples that follow one another are correlated.
+
+    Measured before the first step, with the data in the order in which they were given.
+    """
 
     correlation: float
     low: float
@@ -337,9 +340,11 @@ class CorrelatedExamples(DissectionWarning):
         """The warning in plain language."""
         return (
             "Gradients of neighbouring examples are correlated by"
-            f" {self.correlation:.2f} ({self.low:.2f} to {self.high:.2f}), so the"
-            " variances are understated. Let the example be what was drawn"
-            " independently: the sequence, not the token."
+            f" {self.correlation:.2f} ({self.low:.2f} to {self.high:.2f}). If they are"
+            " parts of one thing, such as tokens of a sequence, there are fewer"
+            " independent examples than it seems, and variances are understated: let"
+            " the example be what was drawn independently. If the data are only sorted,"
+            " by class for example, ignore this: mini-batches are drawn at random."
         )
 
 
