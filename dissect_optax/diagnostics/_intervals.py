@@ -78,14 +78,36 @@ def jackknife_covariance(replicates: np.ndarray) -> np.ndarray:
 
 
 def plain_interval(
-    value: float, replicates: np.ndarray, low: float, high: float
+    value: float,
+    replicates: np.ndarray,
+    low: float,
+    high: float,
+    lent: np.ndarray | None = None,
 ) -> Interval:
-    """Student's interval around a value, from replicates [K], cut at its range."""
+    """Student's interval around a value, from replicates [K], cut at its range.
+
+    Args:
+      value: The estimate.
+      replicates: What it would be without each mini-batch.
+      low: The smallest possible value.
+      high: The largest one.
+      lent: Where a mini-batch also lends something to another one, which the replicates
+        leave where it is: what the estimate would be without that alone. Noise that is
+        in both is then counted as one: twice their covariance is added.
+
+    Returns:
+      The interval.
+    """
     count = len(replicates)
     if count < 2 or not math.isfinite(value):
         return Interval(value, low, high)
-    error = math.sqrt(jackknife_covariance(replicates[:, None])[0, 0])
-    half = student_quantile(count - 1) * error
+    columns = [replicates] if lent is None else [replicates, lent]
+    covariance = jackknife_covariance(np.stack(columns, axis=1))
+    variance = covariance[0, 0]
+    if lent is not None:
+        # The covariance is an estimate, too, and may be more negative than it can be.
+        variance = max(variance + 2 * covariance[0, 1], variance / 4)
+    half = student_quantile(count - 1) * math.sqrt(variance)
     return in_range(Interval(value, value - half, value + half), low, high)
 
 
@@ -229,14 +251,16 @@ def signal_to_noise_covariance(
     return result
 
 
-def square_interval(root: float, replicates: np.ndarray) -> Interval:
+def square_interval(
+    root: float, replicates: np.ndarray, lent: np.ndarray | None = None
+) -> Interval:
     """The square of a quantity that should be positive, from its replicates [K].
 
     Student's interval on the scale of the root, where the errors are more nearly normal
     and alike; squares of its ends, and zero below a negative one. A negative root has
     the square zero.
     """
-    inner = plain_interval(root, replicates, -math.inf, math.inf)
+    inner = plain_interval(root, replicates, -math.inf, math.inf, lent)
     low, high = (max(end, 0.0) ** 2 for end in (inner.low, inner.high))
     return Interval(max(root, 0.0) ** 2, low, high)
 
