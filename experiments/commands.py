@@ -624,9 +624,12 @@ def dissect(
     html = options.runs_dir / problem / f"{stem}.html"
     html.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(html.with_suffix(".json"), result.to_json())
+    summary = html.with_name(f"{stem}_summary.json")
+    write_atomically(summary, to_text(reporting.dissection_summary(result)))
     result.to_html(html)
     print(result)
-    print(f"Summary: {html.with_suffix('.json')}")
+    print(f"Result:  {html.with_suffix('.json')}")
+    print(f"Summary: {summary}")
     print(f"Report:  {html}")
 
 

@@ -8,6 +8,7 @@ Student's t.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from dissect_optax.dissection import (
+    Dissection,
     EqualWithNan,
     Job,
     MethodResult,
@@ -213,6 +215,30 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
             verdict,
         )
     return table
+
+
+def dissection_summary(result: Dissection) -> dict[str, Any]:
+    """A dissection without its runs, small enough to be committed.
+
+    Args:
+      result: The dissection.
+
+    Returns:
+      A tree for `records.to_text`: settings and environment, effects, costs, verdict,
+      warnings, choices of step sizes, and measurements without their layers.
+    """
+    content = json.loads(result.to_json())
+    content["measurements"] = [
+        row
+        | {
+            "diagnostics": {
+                k: v for k, v in row["diagnostics"].items() if k != "layers"
+            }
+        }
+        for row in content["measurements"]
+    ]
+    kept = ("setup", "effects", "costs", "verdict", "warnings", "tunings")
+    return {name: content[name] for name in (*kept, "measurements")}
 
 
 def summary(

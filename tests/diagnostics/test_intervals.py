@@ -131,6 +131,35 @@ def test_square_of_a_root() -> None:
     assert uphill.value == 0.0
 
 
+def covered_with_neighbours(common: float, *, lent: bool) -> float:
+    """Coverage of a mean of a_k + b_{k+1} where b_k = common · a_k."""
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(1000):
+        a = rng.normal(size=48)
+        x = a + common * np.roll(a, -1)
+        without = (x.sum() - x) / 47
+        interval = intervals.plain_interval(
+            float(x.mean()),
+            without,
+            -math.inf,
+            math.inf,
+            np.roll(without, 1) if lent else None,
+        )
+        covered += interval.low <= 0 <= interval.high
+    return covered / 1000
+
+
+@pytest.mark.parametrize("common", [-0.4, 0.0, 0.6])
+def test_noise_that_is_lent_to_a_neighbour_counts_once(common: float) -> None:
+    assert 0.91 < covered_with_neighbours(common, lent=True) < 0.98
+
+
+def test_without_it_the_interval_is_too_long_or_too_short() -> None:
+    assert covered_with_neighbours(-0.4, lent=False) > 0.99
+    assert covered_with_neighbours(0.6, lent=False) < 0.91
+
+
 def test_between_two_estimates() -> None:
     """Two-sided where they agree, one-sided quantiles far apart."""
     same = intervals.bounded_interval(0.7, 0.7, 1e-3, 1e-3, 1000)
