@@ -101,13 +101,11 @@ def plain_interval(
     count = len(replicates)
     if count < 2 or not math.isfinite(value):
         return Interval(value, low, high)
-    columns = [replicates] if lent is None else [replicates, lent]
-    covariance = jackknife_covariance(np.stack(columns, axis=1))
-    variance = covariance[0, 0]
+    variance = float(jackknife_covariance(replicates[:, None])[0, 0])
+    degrees = count - 1
     if lent is not None:
-        # The covariance is an estimate, too, and may be more negative than it can be.
-        variance = max(variance + 2 * covariance[0, 1], variance / 4)
-    half = student_quantile(count - 1) * math.sqrt(variance)
+        variance, degrees = _with_lent_noise(variance, replicates, lent)
+    half = student_quantile(degrees) * math.sqrt(variance)
     return in_range(Interval(value, value - half, value + half), low, high)
 
 
@@ -249,6 +247,27 @@ def signal_to_noise_covariance(
     # θ² slope (a/θ) is linear in θ, as the covariance's part -2θ v_ab is.
     result[0, 1] = result[1, 0] = covariance[0, 1] - slope * numerator / 2
     return result
+
+
+def _with_lent_noise(
+    variance: float, replicates: np.ndarray, lent: np.ndarray
+) -> tuple[float, int]:
+    """Variance with twice the covariance of both, and its degrees of freedom.
+
+    The covariance makes the variance less certain than the sum of squares that it is
+    without. Its degrees of freedom follow from the spread of its terms (Satterthwaite
+    1946): 2 v²/var v, which is the number of squares for normal ones.
+    """
+    count = len(replicates)
+    own, other = replicates - replicates.mean(), lent - lent.mean()
+    terms = (count - 1) * own * (own + 2 * other)
+    # It is an estimate, and may come out smaller than it can be.
+    corrected = max(float(terms.mean()), variance / 4)
+    spread = float(terms.var(ddof=1)) / count
+    if not spread > 0:
+        return corrected, count - 1
+    degrees = min(max(2 * corrected**2 / spread, 2.0), count - 1.0)
+    return corrected, round(degrees)
 
 
 def square_interval(

@@ -253,11 +253,19 @@ def dissect_problem(
     for warning in warnings:
         monitor.say(str(warning))
     found = _Rows()
-    for size in batch_sizes:
-        settings = dataclasses.replace(problem.settings, batch_size=size)
-        job = Job(problem, settings, store, monitor, data_dir)
-        for method in methods:
-            _dissect_method(job, method, seeds, budget, level, found)
+    try:
+        for size in batch_sizes:
+            settings = dataclasses.replace(problem.settings, batch_size=size)
+            job = Job(problem, settings, store, monitor, data_dir)
+            for method in methods:
+                _dissect_method(job, method, seeds, budget, level, found)
+    except OSError as error:
+        if directory is not None:
+            error.add_note(
+                f"The runs that are finished are kept in {directory}; the same call"
+                " goes on from them once files can be written there again."
+            )
+        raise
     data = job.data
     params = jax.eval_shape(problem.init, jax.random.key(0))
     short = race_settings(problem.settings)

@@ -457,7 +457,7 @@ class Dissection:
             for reading in self.verdict
             if reading.evidence["table"] in _TERMINAL_TABLES
         ]
-        parts.append(_bullets(said))
+        parts.append(_bullets(said or ["There is nothing to compare."]))
         if self.warnings:
             parts += [Text(), Text("Warnings", style="bold")]
             parts.append(_bullets(map(str, self.warnings)))

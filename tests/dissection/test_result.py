@@ -196,6 +196,7 @@ def test_a_method_that_is_never_stable_is_named() -> None:
     assert kinds(result) == {NothingStable}
     assert "ADAM at batch size 8 was stable at no step size" in str(result.warnings[0])
     assert "ADAM" in str(result)
+    assert "There is nothing to compare." in str(result)
 
 
 def test_a_method_that_is_always_stable_is_named() -> None:
