@@ -207,6 +207,18 @@ def covered_ratios(scale: float, repetitions: int = 400) -> int:
     return covered
 
 
+def test_a_gradient_that_is_resolved_keeps_its_variance() -> None:
+    """The correction is for gradients that are hardly known, and noisy itself."""
+    rng = np.random.default_rng(6)
+    between, neighbours = 100 + rng.normal(size=64), 100 + 3 * rng.normal(size=63)
+    covariance = np.array([[1.0, 0.1], [0.1, 16.0]])
+    for signal, mended in ((100.0, False), (30.0, True)):
+        found = intervals.signal_to_noise_covariance(
+            covariance, 50.0, 50.0, signal, between, neighbours
+        )
+        assert np.array_equal(found, covariance) != mended
+
+
 def test_coverage_of_the_noise_scale() -> None:
     """95 % of 400, three standard errors either way; a wrong value is not covered."""
     assert 0.917 < covered_ratios(1.0) / 400 < 0.983
