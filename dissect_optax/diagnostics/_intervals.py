@@ -263,7 +263,9 @@ def _with_lent_noise(
 
     The covariance makes the variance less certain than the sum of squares that it is
     without. Its degrees of freedom follow from the spread of its terms (Satterthwaite
-    1946): 2 v²/var v, which is the number of squares for normal ones.
+    1946): 2 v²/var v, which is the number of squares for normal ones. Fewer than a
+    quarter of the replicates are not taken: where v is small by chance, so are they,
+    and the interval would be too long twice.
     """
     count = len(replicates)
     own, other = replicates - replicates.mean(), lent - lent.mean()
@@ -273,8 +275,8 @@ def _with_lent_noise(
     spread = float(terms.var(ddof=1)) / count
     if not spread > 0:
         return corrected, count - 1
-    degrees = min(max(2 * corrected**2 / spread, 2.0), count - 1.0)
-    return corrected, round(degrees)
+    degrees = max(2 * corrected**2 / spread, (count - 1) / 4)
+    return corrected, max(round(min(degrees, count - 1.0)), 1)
 
 
 def square_interval(

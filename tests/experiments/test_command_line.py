@@ -198,7 +198,8 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
             for n in ("0", "-20")
         ),
         *(
-            (["curves", "digits", "--replicas", n], f"`--replicas` .* got {n}")
+            (["curves", "digits", option, n], f"`{option}` .* got {n}")
+            for option in ("--replicas", "--examples")
             for n in ("0", "-1")
         ),
         (
