@@ -115,6 +115,8 @@ class TrainingOptions(Options):
     """Steps of every run, for a look that is shorter than what was published."""
     evaluation_interval: _Number = None
     """Steps between two evaluations; divides the steps."""
+    examples: _Number = None
+    """Examples that the training and the test set are cut to."""
     replicas: _Number = None
     """Runs that are trained at a time; as many as fill the devices if not given."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=N[,AXIS=N]")] = None
@@ -222,6 +224,10 @@ def _task(problem_name: str, options: TrainingOptions) -> _Task:
         options.evaluation_interval,
         "--steps",
     )
+    if options.examples is not None:
+        if options.examples < 1:
+            raise UserError(f"`--examples` must be at least 1, got {options.examples}.")
+        settings = dataclasses.replace(settings, examples=options.examples)
     tuned_by = settings
     if isinstance(options, TuningOptions):
         tuned_by = dataclasses.replace(
@@ -468,9 +474,10 @@ def tune_step_sizes(
     for method in [_method(task.problem, name) for name in names]:
         tuned = tune(task.job, task.protocol, method)
         if is_primary():
+            largest = reporting.largest_stable(tuned)
             print(
                 f"{method.label}: step size {tuned.learning_rate:g}, best of"
-                f" {len(tuned.candidates)}; largest stable {tuned.largest_stable:g}"
+                f" {len(tuned.candidates)}; largest stable {largest}"
             )
 
 
@@ -668,9 +675,12 @@ def dissect(
     html = options.runs_dir / problem / f"{stem}.html"
     html.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(html.with_suffix(".json"), result.to_json())
+    summary = html.with_name(f"{stem}_summary.json")
+    write_atomically(summary, to_text(reporting.dissection_summary(result)))
     result.to_html(html)
     print(result)
-    print(f"Summary: {html.with_suffix('.json')}")
+    print(f"Result:  {html.with_suffix('.json')}")
+    print(f"Summary: {summary}")
     print(f"Report:  {html}")
 
 
@@ -838,6 +848,8 @@ def _suffix(options: Options) -> str:
             parts.append(f"_{options.steps}_steps")
         if options.evaluation_interval is not None:
             parts.append(f"_every_{options.evaluation_interval}")
+        if options.examples is not None:
+            parts.append(f"_of_{options.examples}_examples")
     if isinstance(options, TuningOptions):
         if options.tuning_steps is not None:
             parts.append(f"_tuned_by_{options.tuning_steps}_steps")

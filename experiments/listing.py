@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dissect_optax.dissection import Record, Store, unfinished_groups
+from dissect_optax.dissection import Record, RunConfig, Store, unfinished_groups
 
 _LOOK: dict[str, Any] = {"box": box.SIMPLE, "pad_edge": False}
 _CONFIGURATION = (
@@ -49,8 +49,7 @@ def table_of_runs(runs_dir: Path) -> Table:
         prefix = "" if store.root == runs_dir else f"{store.root.name}/"
         for record in store.everything():
             config = record.config
-            steps = str(config.settings.steps)
-            row = (prefix + config.problem, config.optimizer, steps)
+            row = _row(prefix, config)
             finished[row] += 1
             diverged[row] += record.diverged
             rates.setdefault(row, set()).add(config.learning_rate)
@@ -58,8 +57,7 @@ def table_of_runs(runs_dir: Path) -> Table:
             problem, optimizer = path.parts[-3:-1]
             for group in unfinished_groups(store, problem, optimizer):
                 for config in group.configs:
-                    steps = str(config.settings.steps)
-                    row = (prefix + problem, optimizer, steps)
+                    row = _row(prefix, config)
                     unfinished[row] += 1
                     rates.setdefault(row, set()).add(config.learning_rate)
 
@@ -74,6 +72,11 @@ def table_of_runs(runs_dir: Path) -> Table:
         counts = (finished[row], diverged[row], unfinished[row])
         table.add_row(*row, span, *map(str, counts))
     return table
+
+
+def _row(prefix: str, config: RunConfig) -> tuple[str, ...]:
+    """Where a run is counted."""
+    return prefix + config.problem, config.optimizer, str(config.settings.steps)
 
 
 def as_csv(runs_dir: Path) -> str:

@@ -8,6 +8,7 @@ Student's t.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,11 +17,13 @@ from rich import box
 from rich.table import Table
 
 from dissect_optax.dissection import (
+    Dissection,
     EqualWithNan,
     Job,
     MethodResult,
     Protocol,
     Record,
+    Tuned,
     mean_and_std,
     student_quantile,
 )
@@ -165,11 +168,24 @@ def accuracy_table(
             percent(*accuracy_of_finished(result.replications)),
             *([problem.published.get(name, "–")] if problem.published else []),
             f"{result.tuned.learning_rate:g}",
-            f"{result.tuned.largest_stable:g}",
+            largest_stable(result.tuned),
             f"{len(result.replications)}"
             + (f", {diverged} diverged" if diverged else ""),
         )
     return table
+
+
+def largest_stable(tuned: Tuned) -> str:
+    """The largest stable step size as text.
+
+    Examples:
+      >>> largest_stable(Tuned(0.1, 1.0, ()))
+      '1'
+      >>> largest_stable(Tuned(0.1, 1e6, (), limit_seen=False))
+      '1e+06, the largest that was tried'
+    """
+    more = "" if tuned.limit_seen else ", the largest that was tried"
+    return f"{tuned.largest_stable:g}{more}"
 
 
 def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
@@ -201,6 +217,30 @@ def effect_table(aspect: str, found: Sequence[Effect]) -> Table:
     return table
 
 
+def dissection_summary(result: Dissection) -> dict[str, Any]:
+    """A dissection without its runs, small enough to be committed.
+
+    Args:
+      result: The dissection.
+
+    Returns:
+      A tree for `records.to_text`: settings and environment, effects, costs, verdict,
+      warnings, choices of step sizes, and measurements without their layers.
+    """
+    content = json.loads(result.to_json())
+    content["measurements"] = [
+        row
+        | {
+            "diagnostics": {
+                k: v for k, v in row["diagnostics"].items() if k != "layers"
+            }
+        }
+        for row in content["measurements"]
+    ]
+    kept = ("setup", "effects", "costs", "verdict", "warnings", "tunings")
+    return {name: content[name] for name in (*kept, "measurements")}
+
+
 def summary(
     job: Job, protocol: Protocol, results: Mapping[str, MethodResult]
 ) -> dict[str, Any]:
@@ -225,6 +265,7 @@ def summary(
             "seeds": [r.config.seed for r in result.replications],
             "step_size": result.tuned.learning_rate,
             "largest_stable_step_size": result.tuned.largest_stable,
+            **({} if result.tuned.limit_seen else {"stable_at_every_step_size": True}),
             "environment": result.replications[0].environment,
         }
     return {

@@ -175,6 +175,11 @@ NAMES_OF_RECORDS = {
         for name in ("EqualWithNan", "Measurement", "Record", "RunConfig")
     ),
     "experiments.studies.study.StudyRecord",
+    # What a record says, without running anything.
+    *(
+        f"experiments.studies.readings.{name}"
+        for name in ("read_eigenbases", "read_starts")
+    ),
 }
 
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dissect_optax.diagnostics._intervals import (
+    NO_SKEWNESS,
     Interval,
+    Skewness,
     positive_ratio_interval,
     student_quantile,
 )
@@ -176,7 +178,10 @@ def _from_columns(
 
     Stratified sampling: d_l times the mean over the sampled columns of each parameter
     l, with the variance d_l² (1 - n_l/d_l) s_l²/n_l, which is zero where all columns of
-    a parameter were taken.
+    a parameter were taken. A few columns are often much larger than the others, so the
+    interval takes their skewness into account: without, it ends too early where the
+    sample holds too few of them (82 % coverage in place of 95 % for a matrix whose
+    scales are log-normal with σ = 0.7).
     """
     both = np.stack([sample.diagonal, sample.sums.sum(axis=1)], axis=1)
     total, covariance, degrees = np.zeros(2), np.zeros((2, 2)), 0
@@ -197,9 +202,37 @@ def _from_columns(
     if degrees == 0:
         exact = min(diagonal / everything, 1.0)
         return Interval(exact, exact, exact), diagonal, everything, error
-    interval = positive_ratio_interval(diagonal, everything, covariance, degrees)
+    skewness = _skewness(sample.leaf, both @ [1, -diagonal / everything], sizes)
+    interval = positive_ratio_interval(
+        diagonal, everything, covariance, degrees, skewness
+    )
     value, low, high = (min(end, 1.0) for end in interval)
     return Interval(value, low, high), diagonal, everything, error
+
+
+def _skewness(leaf: np.ndarray, values: np.ndarray, sizes: list[int]) -> Skewness:
+    """Skewness of the stratified estimate of a sum, from the sampled values.
+
+    A mean of n out of N values without replacement has the variance (1 - f)s²/n with
+    f = n/N, the third moment (1 - f)(1 - 2f)k/n² with their third moment k, and the
+    covariance (1 - f)k/n with s², up to factors (N - 1)/N.
+    """
+    variance = third = with_variance = 0.0
+    for place, size in enumerate(sizes):
+        own = values[leaf == place]
+        count = len(own)
+        if not 2 <= count < size:
+            continue
+        deviations = own - own.mean()
+        rest = 1 - count / size
+        variance += size**2 * rest * (deviations**2).sum() / (count - 1) / count
+        if count > 2:
+            k = count * (deviations**3).sum() / ((count - 1) * (count - 2))
+            third += size**3 * rest * (2 * rest - 1) * k / count**2
+            with_variance += size**3 * rest**2 * k / count**2
+    if not variance > 0:
+        return NO_SKEWNESS
+    return Skewness(third / variance**1.5, with_variance / variance**1.5)
 
 
 def _cauchy_sums(

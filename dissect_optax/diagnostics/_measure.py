@@ -772,21 +772,34 @@ def _improvement(
         unbounded = [Interval(float(p), -math.inf, math.inf) for p in parts]
         return Interval(value, 0.0, math.inf), unbounded
     slopes_without = np.stack([r for _, r in pairs if r is not None], axis=1)
-    # What the curvature has in common with the gradient of the mini-batch that lends
-    # it is neglected.
     dens_without = (count * dens - curvature) / (count - 1)
-    total = dens_without.sum(axis=1)
-    if not (total > 0).all():
+    # Without the curvature that a mini-batch lends to the one before it. In a network
+    # a mini-batch with a large gradient has a large curvature as well, and the two
+    # errors cancel in part.
+    dens_unlent = np.roll(dens_without, 1, axis=0)
+    if not (dens_without.sum(axis=1) > 0).all():
         unbounded = [Interval(float(p), -math.inf, math.inf) for p in parts]
         return Interval(value, 0.0, math.inf), unbounded
-    roots = _roots_of_improvements(slopes_without.sum(axis=1), total)
-    steps = (slopes_without.sum(axis=1) / total)[:, None]
-    parts_without = steps * slopes_without - steps**2 / 2 * dens_without
+    roots, parts_without = _improvements_of(slopes_without, dens_without)
+    unlent_roots, unlent_parts = _improvements_of(
+        np.broadcast_to(slopes, dens_unlent.shape), dens_unlent
+    )
     contributions = [
-        plain_interval(float(p), replicates, -math.inf, math.inf)
-        for p, replicates in zip(parts, parts_without.T, strict=True)
+        plain_interval(float(p), replicates, -math.inf, math.inf, lent)
+        for p, replicates, lent in zip(
+            parts, parts_without.T, unlent_parts.T, strict=True
+        )
     ]
-    return square_interval(float(root[0]), roots), contributions
+    return square_interval(float(root[0]), roots, unlent_roots), contributions
+
+
+def _improvements_of(
+    slopes: np.ndarray, dens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Roots of the improvements and contributions of the leaves, of [K, leaves]."""
+    slope, den = slopes.sum(axis=1), dens.sum(axis=1)
+    step = (slope / den)[:, None]
+    return _roots_of_improvements(slope, den), step * slopes - step**2 / 2 * dens
 
 
 def _roots_of_improvements(slope: Any, curvature: Any) -> np.ndarray:

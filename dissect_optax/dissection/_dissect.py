@@ -269,11 +269,19 @@ def dissect_problem(
     for warning in warnings:
         monitor.say(str(warning))
     found = _Rows()
-    for size in batch_sizes:
-        settings = dataclasses.replace(problem.settings, batch_size=size)
-        job = Job(problem, settings, store, monitor, data_dir, mesh=mesh)
-        for method in methods:
-            _dissect_method(job, method, seeds, budget, level, found)
+    try:
+        for size in batch_sizes:
+            settings = dataclasses.replace(problem.settings, batch_size=size)
+            job = Job(problem, settings, store, monitor, data_dir, mesh=mesh)
+            for method in methods:
+                _dissect_method(job, method, seeds, budget, level, found)
+    except OSError as error:
+        if directory is not None:
+            error.add_note(
+                f"The runs that are finished are kept in {directory}; the same call"
+                " goes on from them once files can be written there again."
+            )
+        raise
     data = job.data
     params = jax.eval_shape(problem.init, jax.random.key(0))
     short = race_settings(problem.settings)
@@ -455,7 +463,9 @@ def _tuning_of(job: Job, protocol: Protocol, method: Method, tuned: Raced) -> Tu
         candidates=_candidates(protocol, by_rate),
         picks=_picks(protocol, by_rate),
         at_edge=tuned.at_edge,
-        cost=tuned.cost,
+        race_cost=tuned.race_cost,
+        full_cost=tuned.full_cost,
+        limit_seen=tuned.limit_seen,
     )
 
 
@@ -474,22 +484,27 @@ def _tuning_of_race(
         largest_stable=raced.largest_stable,
         candidates=_candidates(protocol, by_rate),
         picks=_picks(protocol, by_rate),
-        at_edge=raced.learning_rate == min(candidates),
-        cost=raced.cost * race_settings(job.settings).steps / job.settings.steps,
+        # Where no larger step size is unstable, the largest is an edge, too.
+        at_edge=raced.learning_rate == min(candidates)
+        or (not raced.limit_seen and raced.learning_rate == max(candidates)),
+        race_cost=raced.cost * race_settings(job.settings).steps / job.settings.steps,
+        full_cost=0.0,
+        limit_seen=raced.limit_seen,
     )
 
 
 def _tuning_of_nothing(job: Job, protocol: Protocol, method: Method) -> Tuning:
     """The row of a method without a stable step size: everything that was tried."""
     tried: dict[float, Sequence[Record]] = {}
-    steps = 0
+    costs = []
     # A step size that was stable in the race was not in full runs.
     for settings in (race_settings(job.settings), job.settings):
         records = tuning_records(
             job, dataclasses.replace(protocol, settings=settings), method
         )
         tried |= {step_size(point): runs for point, runs in records.items()}
-        steps += sum(steps_taken(run) for runs in records.values() for run in runs)
+        steps = sum(steps_taken(run) for runs in records.values() for run in runs)
+        costs.append(steps / job.settings.steps)
     candidates = _candidates(protocol, tried)
     return Tuning(
         method=method.name,
@@ -499,7 +514,8 @@ def _tuning_of_nothing(job: Job, protocol: Protocol, method: Method) -> Tuning:
         candidates=tuple((rate, outcome, False) for rate, outcome, _ in candidates),
         picks=(),
         at_edge=False,
-        cost=steps / job.settings.steps,
+        race_cost=costs[0],
+        full_cost=costs[1],
     )
 
 

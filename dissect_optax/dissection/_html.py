@@ -280,10 +280,11 @@ def _method_rows(result: "Dissection", prefix: str) -> dict[str, Any]:
                 "batch_size": f"{row.batch_size:,}",
                 "label": row.label,
                 "learning_rate": plain(row.learning_rate),
-                "largest_stable": plain(row.largest_stable),
+                "largest_stable": row.largest_stable_text,
                 "values": [mean_with_std(row.values.get(name)) for name in names],
                 "diverged": f"{row.diverged} of {row.runs}",
-                "cost": plain(row.cost),
+                "race_cost": plain(row.race_cost),
+                "full_cost": plain(row.full_cost),
             }
             for row in result.summaries
         ],

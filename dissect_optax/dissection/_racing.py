@@ -6,6 +6,7 @@ were tried, at the next one beyond it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from dissect_optax.dissection._methods import Method
@@ -13,12 +14,14 @@ from dissect_optax.dissection._problem import Settings
 from dissect_optax.dissection._records import Record
 from dissect_optax.dissection._running import Job
 from dissect_optax.dissection._tuning import (
+    LARGEST_POINT,
     NoStableStepSize,
     Protocol,
     Trial,
     Tuned,
     best_point,
     grid_point,
+    limit_seen,
     run_points,
     step_size,
     steps_taken,
@@ -65,8 +68,11 @@ class Raced:
       race: All runs of the race.
       full: The full tuning runs by grid point.
       trials: What they say.
-      at_edge: Whether the winner is the last point of the grid.
-      cost: Steps of all runs, in units of a full run.
+      at_edge: Whether the winner is the smallest or the largest that was tried.
+      limit_seen: Whether a step size above the largest stable one was tried that is
+        not stable, in the race or in full runs.
+      race_cost: Steps of the race, in units of a full run.
+      full_cost: Steps of the full tuning runs, in the same units.
     """
 
     learning_rate: float
@@ -75,7 +81,9 @@ class Raced:
     full: dict[int, Sequence[Record]]
     trials: dict[int, Trial]
     at_edge: bool
-    cost: float
+    limit_seen: bool
+    race_cost: float
+    full_cost: float
 
 
 def race(job: Job, protocol: Protocol, method: Method) -> Tuned:
@@ -97,28 +105,27 @@ def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
 
     Raises:
       NoStableStepSize: No step size is stable in the race, or in full runs.
-      UserError: Every step size is stable in the race.
     """
     raced = race(job, protocol, method)
     full_job = dataclasses.replace(job, settings=protocol.settings, diagnosis=None)
     best, top = grid_point(raced.learning_rate), grid_point(raced.largest_stable)
     # The best step size of longer runs is the same or smaller, so one is above it.
-    wanted = [p for p in range(best - _FINALISTS + 2, best + 2) if p <= top + 1]
+    end = min(top + 1, LARGEST_POINT)
+    wanted = [p for p in range(best - _FINALISTS + 2, best + 2) if p <= end]
     full: dict[int, Sequence[Record]] = {}
     trials: dict[int, Trial] = {}
     while wanted:
         full |= run_points(full_job, protocol, method, wanted)
         trials |= {point: trial(protocol, full[point]) for point in wanted}
-        wanted = _next_points(trials, top)
+        wanted = _next_points(trials, end)
     winner = best_point(trials)
     if winner is None:
         raise NoStableStepSize(
             f"{method.label} cannot be tuned. Step sizes that were stable in the race"
             " are not in full runs."
         )
-    steps = sum(map(steps_taken, raced.runs)) + sum(
-        steps_taken(record) for records in full.values() for record in records
-    )
+    race_steps = sum(map(steps_taken, raced.runs))
+    full_steps = sum(map(steps_taken, itertools.chain.from_iterable(full.values())))
     return Raced(
         learning_rate=step_size(winner),
         largest_stable=raced.largest_stable,
@@ -126,15 +133,17 @@ def tune_by_race(job: Job, protocol: Protocol, method: Method) -> Raced:
         full=dict(sorted(full.items())),
         trials=dict(sorted(trials.items())),
         at_edge=winner in (min(trials), max(trials)),
-        cost=steps / protocol.settings.steps,
+        limit_seen=raced.limit_seen or limit_seen(trials, winner),
+        race_cost=race_steps / protocol.settings.steps,
+        full_cost=full_steps / protocol.settings.steps,
     )
 
 
-def _next_points(trials: dict[int, Trial], top: int) -> list[int]:
-    """The neighbour of the winner that was not tried yet."""
+def _next_points(trials: dict[int, Trial], end: int) -> list[int]:
+    """The neighbour of the winner that was not tried yet, none above the end."""
     winner = best_point(trials)
     lowest = min(trials)
     if winner is None:  # All unstable: smaller ones.
-        return [lowest - 1] if lowest > top - 30 else []
-    neighbours = [winner - 1, winner + 1] if winner <= top else [winner - 1]
+        return [lowest - 1] if lowest > end - 31 else []
+    neighbours = [point for point in (winner - 1, winner + 1) if point <= end]
     return [point for point in neighbours if point not in trials][:1]

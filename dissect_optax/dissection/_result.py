@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from dissect_optax.dissection._effects import (
     SMALLEST_EFFECT,
@@ -104,8 +104,10 @@ class MethodSummary:
         metric over the runs that did not diverge.
       runs: Number of runs.
       diverged: Number of those that diverged.
-      cost: Training spent on the step size, in units of one full training run; NaN
+      race_cost: Training spent on the race, in units of one full training run; NaN
         where it is not known.
+      full_cost: Training spent on the full tuning runs, in the same units.
+      limit_seen: Whether a step size above the largest stable one was not stable.
     """
 
     method: str
@@ -116,7 +118,28 @@ class MethodSummary:
     values: Mapping[str, tuple[float, float]]
     runs: int
     diverged: int
-    cost: float
+    race_cost: float
+    full_cost: float
+    limit_seen: bool
+
+    @property
+    def largest_stable_text(self) -> str:
+        """The largest stable step size, "at least" where no larger one is unstable."""
+        return f"{'' if self.limit_seen else '≥ '}{plain(self.largest_stable)}"
+
+
+class Cost(NamedTuple):
+    """Training of all methods at one batch size, in units of one full run.
+
+    Attributes:
+      race: The races.
+      tuning: The full runs at the best step sizes of the races.
+      replications: The runs that are compared.
+    """
+
+    race: float
+    tuning: float
+    replications: float
 
 
 class Dissection:
@@ -368,8 +391,25 @@ class Dissection:
             values=values,
             runs=len(runs),
             diverged=sum(run.diverged for run in runs),
-            cost=tuning.cost if tuning else math.nan,
+            race_cost=tuning.race_cost if tuning else math.nan,
+            full_cost=tuning.full_cost if tuning else math.nan,
+            limit_seen=tuning.limit_seen if tuning else True,
         )
+
+    @functools.cached_property
+    def costs(self) -> dict[int, Cost]:
+        """Training of all methods, by batch size, in units of one full run."""
+        found = {}
+        for batch_size in self.setup.batch_sizes:
+            tunings = [t for t in self.tunings if t.batch_size == batch_size]
+            replicates = select_runs(self.runs, batch_size, "replicate")
+            found[batch_size] = Cost(
+                race=sum(tuning.race_cost for tuning in tunings),
+                tuning=sum(tuning.full_cost for tuning in tunings),
+                replications=sum(run.steps[-1] for run in replicates)
+                / self.setup.steps,
+            )
+        return found
 
     def tuning(self, method: str, batch_size: int) -> Tuning | None:
         """The choice of the step size of a method; None where there was none."""
@@ -410,13 +450,14 @@ class Dissection:
         shown = self.race_effects if race else self.headline_effects
         if any(row.effects for row in shown.values()):
             parts.append(_effects_as_table(shown, race))
-        parts += [self._methods_as_table(), Text("Verdict", style="bold")]
+        parts += [self._methods_as_table(), self._costs_as_table()]
+        parts.append(Text("Verdict", style="bold"))
         said = [
             reading.text
             for reading in self.verdict
             if reading.evidence["table"] in _TERMINAL_TABLES
         ]
-        parts.append(_bullets(said))
+        parts.append(_bullets(said or ["There is nothing to compare."]))
         if self.warnings:
             parts += [Text(), Text("Warnings", style="bold")]
             parts.append(_bullets(map(str, self.warnings)))
@@ -452,6 +493,23 @@ class Dissection:
                 mean_with_std(summary.values.get("log_final_loss")),
                 f"{summary.diverged} of {summary.runs}",
             )
+        return table
+
+    def _costs_as_table(self) -> "Table":
+        """Training that the dissection took, for a terminal."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            title="Training, in full runs",
+            title_justify="left",
+        )
+        for column in ("batch", "race", "full tuning", "replications"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for batch_size, cost in self.costs.items():
+            table.add_row(f"{batch_size:,}", *map(plain, cost))
         return table
 
     def _repr_html_(self) -> str:
@@ -494,6 +552,7 @@ class Dissection:
                 }
                 for size, row in self.effects.items()
             },
+            "costs": {str(size): cost._asdict() for size, cost in self.costs.items()},
             "verdict": [dataclasses.asdict(reading) for reading in self.verdict],
             "warnings": [warning.to_dict() for warning in self.warnings],
             "given_warnings": [warning.to_dict() for warning in self._given_warnings],
@@ -648,6 +707,6 @@ def _tuning_from(fields: dict[str, Any]) -> Tuning:
         "picks": _numbers(fields["picks"]),
     } | {
         name: number(fields[name])
-        for name in ("learning_rate", "largest_stable", "cost")
+        for name in ("learning_rate", "largest_stable", "race_cost", "full_cost")
     }
     return Tuning(**(fields | converted))

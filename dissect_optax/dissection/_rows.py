@@ -87,7 +87,11 @@ class Tuning:
         stable, by ascending step size.
       picks: Step size that each tuning seed would pick alone.
       at_edge: Whether the winner is the smallest or the largest candidate.
-      cost: Training spent on the choice, in units of one full training run.
+      race_cost: Training spent on the race, in units of one full training run.
+      full_cost: Training spent on the full runs that followed it, in the same units;
+        zero where there was a race alone.
+      limit_seen: Whether a step size above `largest_stable` was tried that is not
+        stable.
     """
 
     method: str
@@ -97,7 +101,14 @@ class Tuning:
     candidates: tuple[tuple[float, float, bool], ...]
     picks: tuple[float, ...]
     at_edge: bool
-    cost: float
+    race_cost: float
+    full_cost: float
+    limit_seen: bool = True
+
+    @property
+    def cost(self) -> float:
+        """Training spent on the choice, in units of one full training run."""
+        return self.race_cost + self.full_cost
 
     def to_records(self) -> list[dict[str, Any]]:
         """One flat dictionary per candidate, for a table."""
@@ -208,7 +219,9 @@ class Rows(tuple[RowT, ...]):
     """A tuple of rows that becomes a pandas table on request.
 
     Examples:
-      >>> tuning = Tuning("adam", 8, 0.1, 0.3, ((0.1, -1.0, True),), (0.1,), True, 3.0)
+      >>> tuning = Tuning(
+      ...     "adam", 8, 0.1, 0.3, ((0.1, -1.0, True),), (0.1,), True, 1.0, 2.0
+      ... )
       >>> rows = Rows([tuning])
       >>> rows[0].method, len(rows)
       ('adam', 1)

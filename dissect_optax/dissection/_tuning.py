@@ -2,8 +2,9 @@
 
 The grid is 6, 3, 1 · 10^m. Of the largest stable step size and those up to a hundred
 times smaller, the best by the protocol's merit wins. If the winner is the smallest of
-them, the search goes on downwards until it is not. Tuning runs have seeds of their own,
-so that the replications are not the runs that won.
+them, the search goes on downwards until it is not. Where every step size is stable, the
+search upwards ends at 10^6. Tuning runs have seeds of their own, so that the
+replications are not the runs that won.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ FIRST_REPLICATION_SEED = 1
 # A grid point is an integer: 3m, 3m + 1, 3m + 2 are 1, 3, 6 · 10^m.
 _DIGITS = (1, 3, 6)
 _POINTS_PER_DECADE = len(_DIGITS)
-_SMALLEST, _LARGEST = -10 * _POINTS_PER_DECADE, 6 * _POINTS_PER_DECADE
+# No search leaves these. Data that a model separates are stable at any step size.
+_SMALLEST, LARGEST_POINT = -10 * _POINTS_PER_DECADE, 6 * _POINTS_PER_DECADE
 # The first group spans three decades; it usually holds all that tuning needs.
 _FIRST_GROUP = 3 * _POINTS_PER_DECADE + 1
 
@@ -168,6 +170,11 @@ def _largest_wanted(trials: Mapping[int, Trial], *, bounded_by_best: bool) -> in
     return min(largest, best + 2 * _POINTS_PER_DECADE)
 
 
+def limit_seen(trials: Mapping[int, Trial], largest: int) -> bool:
+    """Whether a larger point was tried that is not stable."""
+    return any(point > largest and not found.stable for point, found in trials.items())
+
+
 def _lowest_wanted(trials: Mapping[int, Trial], largest: int) -> int:
     """The smallest grid point that the search wants, given what is known."""
     lowest = largest - 2 * _POINTS_PER_DECADE
@@ -201,7 +208,6 @@ def missing_points(
 
     Raises:
       NoStableStepSize: Nothing is stable as far as the grid goes.
-      UserError: Everything is.
 
     Examples:
       >>> missing_points({}, first_guess=2)
@@ -221,6 +227,13 @@ def missing_points(
       >>> trials = {point: Trial(True, (-abs(point + 5),)) for point in range(-11, 3)}
       >>> missing_points(trials, 2, bounded_by_best=True)
       []
+
+      Otherwise the end of the grid does.
+
+      >>> missing_points({point: Trial(True, (point,)) for point in range(9, 18)}, 17)
+      [18]
+      >>> missing_points({point: Trial(True, (point,)) for point in range(9, 19)}, 17)
+      []
     """
     if not trials:
         return list(range(first_guess - _FIRST_GROUP + 1, first_guess + 1))
@@ -235,14 +248,9 @@ def missing_points(
             )
         return list(range(lowest - _FIRST_GROUP, lowest))
     largest = _largest_wanted(trials, bounded_by_best=bounded_by_best)
-    if largest >= _LARGEST:
-        raise UserError(
-            f"Every step size up to {step_size(largest):g} is stable, so none is the"
-            " largest. Does the optimizer use its learning rate? Data that a linear"
-            " model separates allow any step size, too, unless there is a regularizer."
-        )
-    if largest + 1 not in trials:
-        return list(range(largest + 1, largest + 1 + _POINTS_PER_DECADE))
+    if largest < LARGEST_POINT and largest + 1 not in trials:
+        end = min(largest + _POINTS_PER_DECADE, LARGEST_POINT)
+        return list(range(largest + 1, end + 1))
     wanted = range(_lowest_wanted(trials, largest), largest + 1)
     return [point for point in wanted if point not in trials]
 
@@ -255,6 +263,7 @@ class Tuned:
       learning_rate: The step size that won.
       largest_stable: The largest stable step size.
       candidates: The runs that the choice was made from, by ascending step size.
+      limit_seen: Whether a larger step size was tried that is not stable.
       searched_below: Whether step sizes below the paper's two decades were candidates.
       runs: All runs of the search.
       cost: Steps of all of them, in units of a run of the protocol's length.
@@ -263,6 +272,7 @@ class Tuned:
     learning_rate: float
     largest_stable: float
     candidates: tuple[Record, ...]
+    limit_seen: bool = True
     searched_below: bool = False
     runs: tuple[Record, ...] = ()
     cost: float = math.nan
@@ -294,6 +304,7 @@ def select(protocol: Protocol, records: Mapping[int, Sequence[Record]]) -> Tuned
         learning_rate=step_size(winner),
         largest_stable=step_size(largest),
         candidates=tuple(candidates),
+        limit_seen=limit_seen(trials, largest),
         searched_below=lowest < largest - 2 * _POINTS_PER_DECADE,
         runs=all_runs,
         cost=sum(map(steps_taken, all_runs)) / protocol.settings.steps,
@@ -342,9 +353,10 @@ def _search(
             points = missing_points(
                 trials, first_guess, bounded_by_best=protocol.bounded_by_best
             )
-        except UserError as error:
-            # Of the same class: not to be stable is not the end of a dissection.
-            raise type(error)(f"{method.label} cannot be tuned. {error}") from error
+        except NoStableStepSize as error:
+            raise NoStableStepSize(
+                f"{method.label} cannot be tuned. {error}"
+            ) from error
         found = {point: records[point] for point in trials}
         if missing := [point for point in points if point not in records]:
             return found, missing

@@ -18,13 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dissect_optax.dissection._correlation import neighbour_correlation
 from dissect_optax.dissection._data import Data, number_of_examples
 from dissect_optax.dissection._errors import UserError, first_line
 from dissect_optax.dissection._problem import Problem, Settings, constant
 from dissect_optax.dissection._programs import program_digest, uses_first_argument
 from dissect_optax.dissection._training import penalty
 from dissect_optax.dissection._tuning import FIRST_REPLICATION_SEED
-from dissect_optax.dissection._warnings import DissectionWarning, LossLooksBatched
+from dissect_optax.dissection._warnings import (
+    CorrelatedExamples,
+    DissectionWarning,
+    LossLooksBatched,
+)
 
 PyTree = Any
 
@@ -33,6 +38,8 @@ _CHECKED_EXAMPLES = 64
 # Relative differences between losses of a batch and of its examples: above the first
 # they are no rounding, below the second they may be, in bfloat16.
 _SAME, _OTHER = 1e-3, 0.02
+# A smaller correlation of neighbours does not matter.
+_CORRELATED = 0.05
 
 
 def user_problem(
@@ -70,9 +77,10 @@ def user_problem(
     """
     init = _checked_init(init)
     params = _initial_shapes(init)
-    training, tested = _checked_data("data", data), None
+    in_order, tested = _checked_data("data", data), None
+    training = _shuffled(in_order)
     if test is not None:
-        tested = _checked_data("test", test)
+        tested = _shuffled(_checked_data("test", test))
         _check_same_kind(training, tested)
     takes_key = _takes_key(loss)
     example = jax.tree.map(lambda array: _shape_of(array[0]), training)
@@ -112,7 +120,8 @@ def user_problem(
         problem, description=_identity(_digest_of_init(init), programs)
     )
     losses = None if takes_key else _batch_losses(loss, params, training)
-    return problem, _check_numbers(problem, training, losses)
+    found = _check_numbers(problem, training, losses)
+    return problem, (*found, *_check_correlation(problem, in_order))
 
 
 # ---- The functions of the problem -------------------------------------------------
@@ -262,7 +271,7 @@ def _initial_shapes(init: Callable[[jax.Array], PyTree]) -> PyTree:
 
 
 def _checked_data(name: str, data: PyTree) -> PyTree:
-    """The examples as NumPy arrays, in random order that is always the same."""
+    """The examples as NumPy arrays."""
     try:
         with warnings.catch_warnings():
             # Of JAX, about iterables, which are checked here.
@@ -294,7 +303,12 @@ def _checked_data(name: str, data: PyTree) -> PyTree:
         )
     if not any(array.size for array in jax.tree.leaves(arrays)):
         raise UserError(f"`{name}` must hold numbers, got examples without any.")
-    order = np.random.default_rng(0).permutation(count)
+    return arrays
+
+
+def _shuffled(arrays: PyTree) -> PyTree:
+    """The examples in random order that is always the same."""
+    order = np.random.default_rng(0).permutation(number_of_examples(arrays))
     return jax.tree.map(lambda array: array[order], arrays)
 
 
@@ -610,6 +624,18 @@ def _check_numbers(
             " constant that bounds it from below."
         )
     return _check_batches(problem, {k: float(v) for k, v in in_batches.items()})
+
+
+def _check_correlation(
+    problem: Problem, in_order: PyTree
+) -> tuple[DissectionWarning, ...]:
+    """Warns where neighbours in the data have similar gradients at the start."""
+    key = jax.random.key(FIRST_REPLICATION_SEED, impl="threefry2x32")
+    params = jax.jit(problem.init)(key)
+    found = neighbour_correlation(jax.grad(problem.loss), params, in_order)
+    if found is None or not found.low > _CORRELATED:
+        return ()
+    return (CorrelatedExamples(*found),)
 
 
 def _check_batches(

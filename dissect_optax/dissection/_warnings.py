@@ -105,6 +105,26 @@ class StepSizeAtGridEdge(DissectionWarning):
 
 
 @dataclasses.dataclass(frozen=True)
+class NoLargestStepSize(DissectionWarning):
+    """A method is stable up to the largest step size that was tried."""
+
+    method: str
+    batch_size: int
+    learning_rate: float
+    largest: float
+
+    @property
+    def sentence(self) -> str:
+        """The warning in plain language."""
+        return (
+            f"{self.method} at batch size {self.batch_size} was stable up to the"
+            f" largest step size tried, {self.largest:g}; the best of those tried,"
+            f" {self.learning_rate:g}, is compared. If a model separates the data, the"
+            " loss has no minimum and any step size is stable: add a regularizer."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class NothingStable(DissectionWarning):
     """A method diverged, or ended above where it began, at every step size."""
 
@@ -196,7 +216,7 @@ class LossClipped(DissectionWarning):
     def sentence(self) -> str:
         """The warning in plain language."""
         advice = ""
-        if self.lowest <= 0:
+        if self.lowest < 0:
             advice = (
                 " A loss that falls below zero has no logarithm: add a constant that"
                 " bounds it from below."
@@ -306,7 +326,10 @@ class MeasurementWarning(DissectionWarning):
 
 @dataclasses.dataclass(frozen=True)
 class CorrelatedExamples(DissectionWarning):
-    """Gradients of examples that follow one another are correlated."""
+    """Gradients of examples that follow one another are correlated.
+
+    Measured before the first step, with the data in the order in which they were given.
+    """
 
     correlation: float
     low: float
@@ -317,9 +340,11 @@ class CorrelatedExamples(DissectionWarning):
         """The warning in plain language."""
         return (
             "Gradients of neighbouring examples are correlated by"
-            f" {self.correlation:.2f} ({self.low:.2f} to {self.high:.2f}), so the"
-            " variances are understated. Let the example be what was drawn"
-            " independently: the sequence, not the token."
+            f" {self.correlation:.2f} ({self.low:.2f} to {self.high:.2f}). If they are"
+            " parts of one thing, such as tokens of a sequence, there are fewer"
+            " independent examples than it seems, and variances are understated: let"
+            " the example be what was drawn independently. If the data are only sorted,"
+            " by class for example, ignore this: mini-batches are drawn at random."
         )
 
 
@@ -380,6 +405,21 @@ def _about_tuning(
             ends = (min(rates), max(rates)) if rates else (math.nan, math.nan)
             found.append(NothingStable(label, tuning.batch_size, *ends))
             continue
+        if not tuning.limit_seen:
+            tried = [
+                run.learning_rate
+                for run in runs
+                if run.role in ("race", "tuning")
+                and (run.method, run.batch_size) == (tuning.method, tuning.batch_size)
+            ]
+            found.append(
+                NoLargestStepSize(
+                    label,
+                    tuning.batch_size,
+                    tuning.learning_rate,
+                    max([tuning.largest_stable, *tried]),
+                )
+            )
         if tuning.at_edge:
             found.append(
                 StepSizeAtGridEdge(

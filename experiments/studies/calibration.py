@@ -113,7 +113,8 @@ def _dissect(
         "environment": dict(result.setup.environment),
         "seconds": result.setup.seconds,
         "race_fraction": (result.setup.race_steps or 0) / result.setup.steps,
-        "tuning_cost": {t.method: t.cost for t in result.tunings},
+        "race_cost": {t.method: t.race_cost for t in result.tunings},
+        "tuning_cost": {t.method: t.full_cost for t in result.tunings},
         "rows": rows,
     }
 
@@ -215,10 +216,14 @@ def summary(contents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             for name, content in contents.items()
             if content["failure"]
         },
-        "tuning_cost": {
-            name: content["tuning_cost"]
-            for name, content in contents.items()
-            if "tuning_cost" in content
+        # In units of one full run: the race, and the full runs that followed it.
+        **{
+            cost: {
+                name: content[cost]
+                for name, content in contents.items()
+                if cost in content
+            }
+            for cost in ("race_cost", "tuning_cost")
         },
         "scores": scores(rows),
         "rows": rows,

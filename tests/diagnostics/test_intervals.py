@@ -80,6 +80,46 @@ def test_the_ends_of_a_ratio_are_where_a_test_of_it_changes_its_mind() -> None:
         assert abs(5.0 - theta * 3.0) == pytest.approx(t * math.sqrt(variance))
 
 
+def test_skewness_moves_both_quantiles() -> None:
+    """By the equation that defines them, for either sign and a skewed one."""
+    assert intervals.skewed_quantiles(2.0, intervals.NO_SKEWNESS) == (2.0, 2.0)
+    for g, w in ((0.2, 0.2), (-0.2, -0.2), (0.05, 0.15)):
+        below, above = intervals.skewed_quantiles(2.0, intervals.Skewness(g, w))
+        for ratio, quantile in ((-below, -2.0), (above, 2.0)):
+            slope = (3 * w - g) / 6
+            cubic = slope**2 * ratio**3 / 3
+            h = ratio + w / 2 + slope * (ratio**2 - 1) + cubic
+            assert h == pytest.approx(quantile)
+        # The mean of a sample skewed to the right is more often far below the truth.
+        assert (below > 2 > above) == (g > 0)
+        mirrored = intervals.skewed_quantiles(2.0, intervals.Skewness(-g, -w))
+        assert mirrored == pytest.approx((above, below))
+
+
+def exponential_means_covered(*, skewed: bool) -> float:
+    """Coverage of the mean of 20 exponential variables, as a ratio to one."""
+    x = np.random.default_rng(4).exponential(size=(2000, 20))
+    covered = 0
+    for row in x:
+        deviations = row - row.mean()
+        variance = row.var(ddof=1) / 20
+        k = 20 * np.sum(deviations**3) / (19 * 18) / 400 / variance**1.5
+        interval = intervals.positive_ratio_interval(
+            row.mean(),
+            1.0,
+            np.diag([variance, 0.0]),
+            19,
+            intervals.Skewness(k, k) if skewed else intervals.NO_SKEWNESS,
+        )
+        covered += interval.low <= 1.0 <= interval.high
+    return covered / 2000
+
+
+def test_the_interval_of_a_skewed_sample_covers() -> None:
+    assert exponential_means_covered(skewed=False) < 0.93
+    assert 0.93 < exponential_means_covered(skewed=True) < 0.97
+
+
 def test_square_of_a_root() -> None:
     replicates = np.array([2.1, 1.9, 2.0, 2.05, 1.95])
     interval = intervals.square_interval(2.0, replicates)
@@ -89,6 +129,35 @@ def test_square_of_a_root() -> None:
     assert doubtful.low == 0.0
     uphill = intervals.square_interval(-0.1, replicates - 2)
     assert uphill.value == 0.0
+
+
+def covered_with_neighbours(common: float, *, lent: bool) -> float:
+    """Coverage of a mean of a_k + b_{k+1} where b_k = common · a_k."""
+    rng = np.random.default_rng(3)
+    covered = 0
+    for _ in range(1000):
+        a = rng.normal(size=48)
+        x = a + common * np.roll(a, -1)
+        without = (x.sum() - x) / 47
+        interval = intervals.plain_interval(
+            float(x.mean()),
+            without,
+            -math.inf,
+            math.inf,
+            np.roll(without, 1) if lent else None,
+        )
+        covered += interval.low <= 0 <= interval.high
+    return covered / 1000
+
+
+@pytest.mark.parametrize("common", [-0.4, 0.0, 0.6])
+def test_noise_that_is_lent_to_a_neighbour_counts_once(common: float) -> None:
+    assert 0.91 < covered_with_neighbours(common, lent=True) < 0.98
+
+
+def test_without_it_the_interval_is_too_long_or_too_short() -> None:
+    assert covered_with_neighbours(-0.4, lent=False) > 0.99
+    assert covered_with_neighbours(0.6, lent=False) < 0.91
 
 
 def test_between_two_estimates() -> None:
@@ -136,6 +205,18 @@ def covered_ratios(scale: float, repetitions: int = 400) -> int:
         )
         covered += interval.low <= truth <= interval.high
     return covered
+
+
+def test_a_gradient_that_is_resolved_keeps_its_variance() -> None:
+    """The correction is for gradients that are hardly known, and noisy itself."""
+    rng = np.random.default_rng(6)
+    between, neighbours = 100 + rng.normal(size=64), 100 + 3 * rng.normal(size=63)
+    covariance = np.array([[1.0, 0.1], [0.1, 16.0]])
+    for signal, mended in ((100.0, False), (30.0, True)):
+        found = intervals.signal_to_noise_covariance(
+            covariance, 50.0, 50.0, signal, between, neighbours
+        )
+        assert np.array_equal(found, covariance) != mended
 
 
 def test_coverage_of_the_noise_scale() -> None:

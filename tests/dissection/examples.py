@@ -157,7 +157,8 @@ def make_tuning(method: str, batch_size: int = 8, at_edge: bool = False) -> Tuni
         candidates=candidates[:4] if at_edge else candidates,
         picks=(0.1, 0.1, 0.06),
         at_edge=at_edge,
-        cost=21.0,
+        race_cost=4.5,
+        full_cost=16.5,
     )
 
 

@@ -120,7 +120,13 @@ def test_every_method_is_raced_tuned_and_replicated(four):
         assert len({row.seed for row in rows if row.role == "tuning"}) == 3
         assert len(tuning.picks) == 3
         assert tuning.learning_rate in [rate for rate, _, _ in tuning.candidates]
-        assert 3 <= tuning.cost <= 60
+        steps = {
+            role: sum(row.steps[-1] for row in rows if row.role == role)
+            for role in ("race", "tuning")
+        }
+        assert tuning.race_cost == pytest.approx(steps["race"] / 20)
+        assert tuning.full_cost == pytest.approx(steps["tuning"] / 20)
+        assert 3 <= tuning.full_cost <= 60
 
 
 def test_equal_seeds_share_initial_parameters(four):
@@ -198,8 +204,9 @@ def test_a_race_forecasts_and_has_no_effects(problem, four):
         assert forecast.race == four.forecast[8][name].race
         assert name in four.forecast_score[8]
     assert all("forecast" in reading.text for reading in result.verdict)
-    cheap = sum(tuning.cost for tuning in result.tunings)
-    assert cheap < sum(tuning.cost for tuning in four.tunings)
+    for tuning in result.tunings:
+        assert tuning.race_cost == four.tuning(tuning.method, 8).race_cost > 0
+        assert tuning.full_cost == 0
 
 
 def test_one_seed_decides_nothing(problem):
@@ -240,6 +247,25 @@ def test_a_method_that_is_stable_nowhere_is_left_out(with_extras):
     assert "uphill" in str(with_extras)
 
 
+def separable_loss(w, example):
+    x, _ = example
+    return jax.nn.softplus(-x[0] * jnp.sign(x[0]) * w[0]) + 0 * w[1]
+
+
+def test_separable_data_do_not_end_the_dissection():
+    # The larger the step, the smaller the loss, down to zero in float32.
+    problem = make_problem(separable_loss, lambda key: 0.1 * init(key))
+    result = run(problem, "m_sgd")
+    tuning = result.tuning("m_sgd", 8)
+    assert not tuning.limit_seen
+    assert tuning.learning_rate <= tuning.largest_stable <= 1e6
+    assert [run.seed for run in result.runs if run.role == "replicate"] == [1, 2]
+    (warning,) = (w for w in result.warnings if w.name == "NoLargestStepSize")
+    assert warning.learning_rate == tuning.learning_rate
+    assert warning.largest == max(run.learning_rate for run in result.runs)
+    assert result.summaries[0].largest_stable_text in result._repr_html_()
+
+
 def test_an_unstable_full_run_after_a_stable_race_is_left_out(problem, monkeypatch):
     def unstable(job, protocol, method):
         if protocol.settings.steps == 20:
@@ -262,7 +288,7 @@ def test_measured_is_where_there_is_a_variance(
         diagnosed.append(job.diagnosis is not None)
         return []
 
-    raced = Raced(0.1, 0.1, (), {}, {}, False, 1.0)
+    raced = Raced(0.1, 0.1, (), {}, {}, False, True, 0.5, 0.5)
     monkeypatch.setattr(dissecting, "tune_by_race", lambda *_: raced)
     monkeypatch.setattr(dissecting, "replicate", replicate)
     run(problem, "adam", "m_ssd", level="cheap", batch_sizes=(batch_size,))
@@ -393,6 +419,7 @@ def test_a_full_disk_loses_nothing(problem, in_memory, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left on device") as found:
             run(problem, directory=tmp_path)
     assert str(tmp_path) in found.value.filename
+    assert "the same call goes on from them" in found.value.__notes__[0]
     assert len(list(tmp_path.rglob("rate*.json"))) == 12
     assert not list(tmp_path.rglob(".rate*"))
     assert content(run(problem, directory=tmp_path)) == content(in_memory)

@@ -203,7 +203,7 @@ def test_little_or_nothing_makes_a_page(budget: str, seeds: int) -> None:
 
 def test_odd_numbers_make_a_page() -> None:
     nothing = Tuning(
-        "adam", 8, math.nan, math.nan, ((0.1, math.nan, False),), (), True, 1
+        "adam", 8, math.nan, math.nan, ((0.1, math.nan, False),), (), True, 1, 0
     )
     odd = {
         "noise_scale": {"value": math.nan, "low": -math.inf, "high": math.inf},

@@ -13,14 +13,13 @@ from dissect_optax.dissection import (
     Settings,
     SilentMonitor,
     Store,
-    UserError,
     get_method,
     point_on_grid,
     step_size,
 )
 from dissect_optax.dissection import _tuning as tuning
 from dissect_optax.dissection._racing import race_settings, tune_by_race
-from dissect_optax.dissection._tuning import NoStableStepSize
+from dissect_optax.dissection._tuning import LARGEST_POINT, NoStableStepSize
 from tests.dissection.toys import PROBLEM
 
 METHOD = get_method("m_ssd")
@@ -119,7 +118,8 @@ def test_full_runs_are_around_the_winner_of_the_race(trained):
     assert not found.at_edge
     # Two seeds each: full runs, and races of a tenth of the steps.
     race = sum(record.evaluations[-1].step for record in found.race)
-    assert found.cost == pytest.approx(6 + race / 100)
+    assert found.full_cost == 6
+    assert found.race_cost == pytest.approx(race / 100)
     assert race == 10 * len(found.race)
 
 
@@ -158,11 +158,23 @@ def test_stable_nowhere_is_an_error_of_its_own(trained, steps):
         tune_by_race(job, PROTOCOL, METHOD)
 
 
-def test_stable_everywhere_is_an_error(trained):
-    job, _ = trained(lambda steps, point: 0.5)
-    with pytest.raises(UserError, match="unless there is a regularizer") as found:
-        tune_by_race(job, PROTOCOL, METHOD)
-    assert not isinstance(found.value, NoStableStepSize)
+@pytest.mark.parametrize("best", [LARGEST_POINT + 3, LARGEST_POINT, 3, -4])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_stable_everywhere_ends_with_the_best_that_was_tried(trained, best, bounded):
+    # Below the first loss, one, everywhere.
+    job, asked = trained(lambda _, point: math.atan(abs(point - best)) / 2)
+    protocol = dataclasses.replace(PROTOCOL, bounded_by_best=bounded)
+    found = tune_by_race(job, protocol, METHOD)
+    assert found.learning_rate == step_size(min(best, LARGEST_POINT))
+    assert not found.limit_seen
+    assert max(asked) <= LARGEST_POINT
+    assert found.at_edge == (best >= LARGEST_POINT)
+
+
+def test_a_limit_that_full_runs_see_counts(trained):
+    full = parabola(-4, -4)
+    job, _ = trained(lambda steps, p: full(steps, p) if steps > 10 else 0.1 - 0.001 * p)
+    assert tune_by_race(job, PROTOCOL, METHOD).limit_seen
 
 
 def test_the_diagnosis_is_of_replications_alone(trained):

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dissect_optax.dissection._warnings import (
     EstimatorsDisagree,
     LossClipped,
     MeasurementWarning,
+    NoLargestStepSize,
     NothingStable,
     SameInitialLoss,
     StepSizeAtGridEdge,
@@ -189,11 +191,43 @@ def test_warnings_follow_from_the_rows() -> None:
 
 def test_a_method_that_is_never_stable_is_named() -> None:
     candidates = ((0.1, math.nan, False), (1.0, math.nan, False))
-    tuning = Tuning("adam", 8, math.nan, math.nan, candidates, (), False, 2.0)
+    tuning = Tuning("adam", 8, math.nan, math.nan, candidates, (), False, 2.0, 0.0)
     result = Dissection(make_setup(), [], [tuning])
     assert kinds(result) == {NothingStable}
     assert "ADAM at batch size 8 was stable at no step size" in str(result.warnings[0])
     assert "ADAM" in str(result)
+    assert "There is nothing to compare." in str(result)
+
+
+def test_a_method_that_is_always_stable_is_named() -> None:
+    tuning = dataclasses.replace(make_tuning("adam"), limit_seen=False)
+    runs = make_tuning_runs("adam", 3.0)
+    result = Dissection(make_setup(), runs, [tuning])
+    assert kinds(result) == {NoLargestStepSize}
+    # The largest that was tried at all, and the one that is compared.
+    assert "stable up to the largest step size tried, 1;" in str(result.warnings[0])
+    assert "the best of those tried, 0.1, is compared" in str(result.warnings[0])
+    (adam,) = (row for row in result.summaries if row.method == "adam")
+    assert adam.largest_stable_text == "≥ 0.6"
+
+
+def test_costs_of_race_and_full_runs_are_apart() -> None:
+    example = make_example()
+    assert {(row.race_cost, row.full_cost) for row in example.summaries} == {
+        (4.5, 16.5)
+    }
+    stored = json.loads(example.to_json())["tunings"][0]
+    assert (stored["race_cost"], stored["full_cost"]) == (4.5, 16.5)
+    assert Dissection.from_json(example.to_json()).tunings[0].cost == 21.0
+    # Five methods; one of 25 replicates diverged half-way, and its row has all steps.
+    assert example.costs[8] == (22.5, 82.5, 25.0)
+    assert json.loads(example.to_json())["costs"]["8"] == {
+        "race": 22.5,
+        "tuning": 82.5,
+        "replications": 25.0,
+    }
+    assert "race   full tuning   replications" in str(example)
+    assert re.search(r"8 +22\.5 +82\.5 +25\n", str(example))
 
 
 def test_warnings_of_the_diagnostics_are_passed_on() -> None:
@@ -228,6 +262,7 @@ def test_seeds_that_start_alike_are_noticed() -> None:
     "warning",
     [
         StepSizeAtGridEdge("ADAM", 8, 0.01, 0.01, 1.0),
+        NoLargestStepSize("ADAM", 8, 1e3, 1e6),
         NothingStable("ADAM", 8, math.nan, math.nan),
         TooFewSeeds(1),
         TooFewSeeds(3),

@@ -13,7 +13,6 @@ from dissect_optax.dissection import (
     Record,
     RunConfig,
     Settings,
-    UserError,
     complete,
     find_result,
     find_tuned,
@@ -26,7 +25,12 @@ from dissect_optax.dissection import (
     step_size,
     tune,
 )
-from dissect_optax.dissection._tuning import Trial
+from dissect_optax.dissection._tuning import (
+    LARGEST_POINT,
+    NoStableStepSize,
+    Trial,
+    limit_seen,
+)
 from tests.dissection import toys
 
 SETTINGS = Settings(steps=20, batch_size=8, evaluation_interval=10)
@@ -163,13 +167,27 @@ def test_unstable_step_size_among_stable_ones_cannot_win():
     assert not trials[-3].stable
 
 
-@pytest.mark.parametrize(
-    ("stable_everywhere", "message"),
-    [(True, "none is the largest"), (False, "No step size is stable")],
-)
-def test_search_that_finds_no_boundary_is_an_error(stable_everywhere, message):
-    with pytest.raises(UserError, match=message):
-        search(lambda _: stable_everywhere, first_guess=0)
+def test_search_that_finds_nothing_stable_is_an_error():
+    with pytest.raises(NoStableStepSize, match="No step size is stable"):
+        search(lambda _: False, first_guess=0)
+
+
+@pytest.mark.parametrize("first_guess", [-12, 0, 14])
+@pytest.mark.parametrize("best", [LARGEST_POINT + 9, LARGEST_POINT, 5, -9])
+def test_search_where_everything_is_stable_ends_at_the_largest(first_guess, best):
+    trials = search(lambda _: True, first_guess, lambda p: -abs(p - best))
+    assert max(trials) == LARGEST_POINT
+    records = {
+        point: [
+            made_up_record(step_size(point), [2.0, 1.0], [0.0, trials[point].merit])
+        ]
+        for point in trials
+    }
+    by_accuracy = Protocol(SETTINGS, lambda run: run.evaluations[-1]["test_accuracy"])
+    tuned = select(by_accuracy, records)
+    assert tuned.learning_rate == step_size(min(best, LARGEST_POINT))
+    assert tuned.largest_stable == step_size(LARGEST_POINT) == 1e6
+    assert not tuned.limit_seen
 
 
 def test_best_maximal_accuracy_within_two_decades_wins():
@@ -348,5 +366,4 @@ def test_best_step_size_ends_the_search_where_everything_is_stable():
         trials |= {point: Trial(True, (-abs(point + 2.0),)) for point in points}
     assert max(trials) < 10
     assert {-8, -2, 4} <= trials.keys()
-    with pytest.raises(UserError, match="none is the largest"):
-        missing_points({p: Trial(True, (p,)) for p in range(-9, 19)}, 0)
+    assert not limit_seen(trials, max(trials))

@@ -206,7 +206,8 @@ def test_any_optax_optimizer_and_a_diverging_run(tmp_path, capsys):
             for n in ("0", "-20")
         ),
         *(
-            (["curves", "digits", "--replicas", n], f"`--replicas` .* got {n}")
+            (["curves", "digits", option, n], f"`{option}` .* got {n}")
+            for option in ("--replicas", "--examples")
             for n in ("0", "-1")
         ),
         (
@@ -590,21 +591,22 @@ def test_methods_that_cannot_be_summed_up_are_left_out(smoke_runs, tmp_path, cap
     records = tmp_path / "digits"
     # Of another version of Optax, say.
     shutil.copytree(records / "adam", records / "optax.former")
-    # One whose every step size is stable.
+    # One that is stable at no step size, and one that is at every one.
     (harmless,) = records.glob("m_sgd/rate*_seed1_*")
     content = read_checked(harmless)
     settings = Settings(**content["config"].pop("settings"))
-    for line, loss in zip(content["evaluations"], (1.0, 0.5, 0.25), strict=True):
-        line["training_data_loss"] = loss
-    for point in range(-12, 19):
-        content["config"] |= {
-            "optimizer": "optax.contrib.cocob",
-            "learning_rate": step_size(point),
-            "seed": 0,
-        }
-        config = RunConfig(**content["config"], settings=settings)
-        edited = content | {"config": dataclasses.asdict(config)}
-        write_checked(Store(tmp_path).path(config), edited)
+    for name, last in (("optax.contrib.cocob", 2.0), ("optax.lion", 0.25)):
+        for line, loss in zip(content["evaluations"], (1.0, 0.5, last), strict=True):
+            line["training_data_loss"] = loss
+        for point in range(-32, 19):
+            content["config"] |= {
+                "optimizer": name,
+                "learning_rate": step_size(point),
+                "seed": 0,
+            }
+            config = RunConfig(**content["config"], settings=settings)
+            edited = content | {"config": dataclasses.asdict(config)}
+            write_checked(Store(tmp_path).path(config), edited)
     options = ["--smoke", "--runs-dir", str(tmp_path)]
     summary = records / "summary_smoke.json"
     summary.unlink()
@@ -612,12 +614,16 @@ def test_methods_that_cannot_be_summed_up_are_left_out(smoke_runs, tmp_path, cap
     assert main(["reproduce", "digits", "--optimizers", "m_ssd", *options]) == 0
     said = capsys.readouterr().err
     assert "Left out: Optax has no 'optax.former'" in said
-    assert "Left out: optax.contrib.cocob cannot be tuned. Every step size" in said
+    assert "Left out: optax.contrib.cocob cannot be tuned. No step size" in said
     assert list(json.loads(summary.read_text())["methods"]) == list(FOUR_METHODS)
     assert main(["curves", "digits", *options]) == 0
     # Asked for, it is an error.
     command = ["tune", "digits", "--optimizers", "optax.contrib.cocob"]
     assert main([*command, *options]) == 2
+    capsys.readouterr()
+    assert main(["tune", "digits", "--optimizers", "optax.lion", *options]) == 0
+    said = capsys.readouterr().out
+    assert "largest stable 1e+06, the largest that was tried" in said
 
 
 def test_names_of_many_methods_make_a_file_name(tmp_path):
