@@ -23,6 +23,8 @@ _AXIS_COLORS = {
     "order": "#E69F00",
 }
 _ROW_HEIGHT = 0.27
+# Of differences larger than this the axis is logarithmic, away from zero.
+_WIDE_RANGE = 1.0
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -67,7 +69,11 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Path:
             )
         axes.axvline(0.0, color="#666666", linewidth=0.8)
         axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=7)
-        axes.set_xscale("symlog", linthresh=0.3)
+        largest = max(
+            (abs(row["difference"]["estimate"]) for row in shown), default=0.0
+        )
+        if largest > _WIDE_RANGE:
+            axes.set_xscale("symlog", linthresh=0.3)
         axes.set_xlabel("difference to ADAM in the mean log training loss")
         axes.set_title(title)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%+g"))
