@@ -82,10 +82,15 @@ _MethodNames = Annotated[
 _MethodNamesOrAll = Annotated[
     tuple[str, ...] | None,
     tyro.conf.arg(
-        metavar="[METHOD ...]", help="The methods; all that have records if not given."
+        metavar="[METHOD ...]",
+        help="The methods; all that have records if not given.",
+        help_behavior_hint="(optional)",
     ),
 ]
-_Number = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+# Their help says what happens without them; "(default: None)" would not.
+_Number = Annotated[
+    int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(optional)")
+]
 _Numbers = Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT [FLOAT ...]")]
 _Seeds = Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT [INT ...]")]
 
@@ -107,7 +112,9 @@ class Options:
 class TrainingOptions(Options):
     """What every command understands that has to do with training."""
 
-    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    data_dir: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
+    ] = None
     """The TFDS data sets; by default in $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     checkpoint_seconds: float = 30.0
     """Least time between two checkpoints."""
@@ -119,14 +126,19 @@ class TrainingOptions(Options):
     """Examples that the training and the test set are cut to."""
     replicas: _Number = None
     """Runs that are trained at a time; as many as fill the devices if not given."""
-    mesh: Annotated[str | None, tyro.conf.arg(metavar="AXIS=N[,AXIS=N]")] = None
+    mesh: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="AXIS=N[,AXIS=N]", help_behavior_hint="(optional)"),
+    ] = None
     """Devices, such as data=8 or replica=4,data=2: mini-batches are divided over data,
     step sizes and seeds over replica. All devices if not given: on replica for several
     runs, on data for one."""
     distributed: bool = False
     """Train with other processes: those of a cluster that JAX detects, or those of the
     next three options. Each process runs the same command."""
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    coordinator: Annotated[
+        str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="(optional)")
+    ] = None
     """Where process 0 listens."""
     processes: _Number = None
     """Number of processes."""
@@ -596,9 +608,19 @@ def curves(
 
 
 def figure(
-    number: Positional[int],
+    number: Positional[
+        Annotated[
+            int,
+            tyro.conf.arg(
+                metavar="NUMBER", help="The figure's number in the paper, 1 to 7."
+            ),
+        ]
+    ],
     *,
-    problems: tuple[str, ...] | None = None,
+    problems: Annotated[
+        tuple[str, ...] | None,
+        tyro.conf.arg(metavar="[PROBLEM ...]", help_behavior_hint="(optional)"),
+    ] = None,
     options: _TuningOptions = _TUNING_DEFAULTS,
 ) -> None:
     """Draw a figure of the paper, from records where it shows runs.
