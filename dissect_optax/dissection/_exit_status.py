@@ -49,7 +49,9 @@ def exit_status(
                 " that was finished is kept.",
             )
         place = f": {error.filename}" if error.filename else ""
-        return _mistake(program, f"{error.strerror or error}{place}.{advice}")
+        # What is kept, say.
+        notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+        return _mistake(program, f"{error.strerror or error}{place}.{notes}{advice}")
     except Exception:
         if trouble := _trouble_of_jax():
             return _mistake(program, trouble)

@@ -19,6 +19,7 @@ import dissect_optax as do
 from dissect_optax.diagnostics import WatchState, scalars, watch
 from tests.transformations import test_contract as contract
 from tests.transformations.subjects import Subject
+from tests.virtual_devices import eight_devices
 
 SUBJECTS = {
     "gradients": Subject(watch, {"decay": 0.75}),
@@ -365,6 +366,7 @@ def test_state_is_small_and_sharding_is_kept() -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"tests.diagnostics.{program.stem}"],
         cwd=Path(__file__).parents[2],
+        env=eight_devices(),
         capture_output=True,
         text=True,
         check=False,

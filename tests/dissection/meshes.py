@@ -1,12 +1,7 @@
 """Groups on eight virtual devices; prints JSON for `test_meshes`.
 
-A script, because the devices must be asked for before JAX starts.
+A script that needs the environment of `tests.virtual_devices`.
 """
-
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import contextlib
 import dataclasses

@@ -136,11 +136,16 @@ def test_an_interrupt_says_how_to_go_on(
 
 def test_a_full_disk_is_a_sentence(module, monkeypatch, capsys):
     def full(options, arguments):
-        raise OSError(28, "No space left on device", "runs/dissection/x.json")
+        error = OSError(28, "No space left on device", "runs/dissection/x.json")
+        error.add_note("Two runs are kept.")
+        raise error
 
     monkeypatch.setattr(command, "run", full)
     assert main([f"{module}:problem"]) == 2
-    expected = "dissect-optax: No space left on device: runs/dissection/x.json\n"
+    expected = (
+        "dissect-optax: No space left on device: runs/dissection/x.json."
+        " Two runs are kept.\n"
+    )
     assert capsys.readouterr().err == expected
 
 

@@ -1,7 +1,6 @@
 """Groups on eight virtual devices are those on one device, to rounding."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from dissect_optax.dissection import UserError, dissect, make_mesh, parse_mesh
 from tests.dissection import small_problems
 from tests.dissection.toys import job, train
+from tests.virtual_devices import eight_devices
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def found(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.dissection.meshes", str(root)],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=eight_devices() | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
     )

@@ -6,21 +6,19 @@ line.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests.virtual_devices import eight_devices
 
 ROOT = Path(__file__).parents[2]
 
 
 def lines_of(module: str, *arguments: str, x64: bool = False) -> list[dict[str, Any]]:
     """What `python -m tests.sharding.MODULE ARGUMENTS` prints."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    environment = os.environ | {
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
+    environment = eight_devices() | {
         "JAX_ENABLE_X64": str(int(x64)),
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         # The programs are exact however hard the compiler works.

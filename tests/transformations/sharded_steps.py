@@ -1,12 +1,7 @@
 """Two steps of every subject with sharded parameters; prints the names that passed.
 
-A script, because the eight virtual devices must be asked for before JAX starts.
+A script that needs the environment of `tests.virtual_devices`.
 """
-
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp

@@ -28,6 +28,7 @@ from tests.transformations.subjects import (
     Subject,
     Transformation,
 )
+from tests.virtual_devices import eight_devices
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -308,6 +309,7 @@ def test_states_are_sharded_like_their_parameters() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.transformations.sharded_steps"],
         cwd=Path(__file__).parents[2],
+        env=eight_devices(),
         capture_output=True,
         text=True,
         check=False,
