@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -248,9 +249,18 @@ def known_value(program: ClosedJaxpr, atom: Atom) -> np.ndarray | None:
     if traced or any(v in used for v in live.jaxpr.invars):
         return None
     unread = [None] * len(live.jaxpr.invars)
-    with jax.ensure_compile_time_eval():
-        (value,) = jax.core.eval_jaxpr(live.jaxpr, live.consts, *unread)
-        return np.asarray(value)
+
+    def value() -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            (found,) = jax.core.eval_jaxpr(live.jaxpr, live.consts, *unread)
+            return np.asarray(found)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return value()
+    # Inside `shard_map` JAX cannot compute now what lies on no mesh; meshes belong to a
+    # thread, so that another one can.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(value).result()
 
 
 # ---- Evaluating a jaxpr --------------------------------------------------------------
