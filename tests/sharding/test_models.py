@@ -6,8 +6,10 @@ from tests.gradient_variance.models import MODELS
 from tests.sharding.eight_devices import lines_of
 
 # Those of the experiments compile for long; what they are made of others have too.
-LARGE = [name for name in MODELS if name.startswith(("mnist", "cifar"))]
-SMALL = [name for name in MODELS if name not in LARGE]
+# `python -m benchmarks.sharding variance` has them all.
+EXPERIMENTS = [name for name in MODELS if name.startswith(("mnist", "cifar"))]
+LARGE = [name for name in EXPERIMENTS if name.startswith("mnist")]
+SMALL = [name for name in MODELS if name not in EXPERIMENTS]
 GROUPS = [SMALL[k::4] for k in range(4)]
 # How a batch is spread, with and without the types that `check_vma` looks at.
 MESHES = "auto;explicit;shard_map, check_vma"
@@ -39,6 +41,7 @@ def check(rows, meshes):
             # Value and gradient in one, the variance in the other.
             assert set(row["collectives"]) == {"all-reduce"}, where
             assert row["collectives"]["all-reduce"]["bytes"] == 8 + sum(sizes), where
-            # What one device needs for all examples is divided by eight.
-            limit = alone["temporary bytes per device"] / 8 + sum(sizes) + 2**12
-            assert row["temporary bytes per device"] <= limit, where
+            # What one device needs for all examples is divided by eight, but for a
+            # hundredth that compilers differ in.
+            limit = alone["temporary bytes per device"] / 8 + sum(sizes)
+            assert row["temporary bytes per device"] <= 1.01 * limit + 2**12, where
