@@ -2,6 +2,9 @@
 
 import re
 
+import jax
+import pytest
+
 from tests.sharding.eight_devices import lines_of
 
 
@@ -19,6 +22,10 @@ def test_every_option_gives_what_one_device_gives():
         assert travels <= line["gradient and variance"] + scalars, line
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 8),
+    reason="XLA of JAX 0.7 ends the process where it divides some programs",
+)
 def test_parameters_and_batches_on_other_meshes():
     lines = lines_of("options", "meshes", x64=True)
     assert len(lines) == 12
