@@ -3,7 +3,8 @@
 import os
 import sys
 
-_INTERRUPTED = 130  # The exit status that shells expect after Ctrl-C.
+# Of the standard library alone, so that Ctrl-C is answered from here on.
+from experiments import launch
 
 
 def main() -> int:
@@ -13,8 +14,6 @@ def main() -> int:
     try:
         if sys.argv[1:2] == ["launch"]:
             # It trains nothing itself, and imports little.
-            from experiments import launch
-
             return launch.main(sys.argv[2:])
         from dissect_optax.dissection import run_command
         from experiments import command_line
@@ -22,8 +21,8 @@ def main() -> int:
         status = run_command(lambda: command_line.main(sys.argv[1:]))
     except KeyboardInterrupt:
         print("\nInterrupted before anything began.", file=sys.stderr)
-        return _INTERRUPTED
-    if status == _INTERRUPTED:
+        return launch.INTERRUPTED
+    if status == launch.INTERRUPTED:
         # The ordinary way out would wait for what the device still computes.
         sys.stdout.flush()
         sys.stderr.flush()

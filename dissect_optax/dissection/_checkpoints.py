@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dissect_optax.dissection import _processes as processes
+from dissect_optax.dissection._data import without_keys
 from dissect_optax.dissection._errors import UserError, first_line
 from dissect_optax.dissection._meshes import place
 from dissect_optax.dissection._records import (
@@ -294,14 +295,9 @@ def _from_bytes(
 
 def _shapes(state: TrainState, size: int) -> list[jax.ShapeDtypeStruct]:
     """The numbers in a state of so many runs, array by array."""
-
-    def numbers(leaf: jax.Array) -> jax.Array:
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.random.key_data(leaf) if is_key else leaf
-
+    numbers = jax.eval_shape(lambda: [*map(without_keys, jax.tree.leaves(state))])
     return [
-        jax.ShapeDtypeStruct((size, *like.shape[1:]), like.dtype)
-        for like in jax.eval_shape(lambda: [numbers(x) for x in jax.tree.leaves(state)])
+        jax.ShapeDtypeStruct((size, *like.shape[1:]), like.dtype) for like in numbers
     ]
 
 

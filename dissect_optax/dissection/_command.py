@@ -7,10 +7,8 @@ dictionary.
 """
 
 import argparse
-import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from dissect_optax.dissection._dissect import dissect
 from dissect_optax.dissection._errors import UserError, unknown_name
 from dissect_optax.dissection._exit_status import exit_status
 from dissect_optax.dissection._meshes import parse_mesh
+from dissect_optax.dissection._modules import import_module
 from dissect_optax.dissection._result import Dissection
 
 
@@ -89,18 +88,15 @@ def load_function(path: str) -> Callable[[], Any]:
         raise UserError(
             f"PROBLEM must be MODULE:FUNCTION, such as mymodule:problem, got '{path}'."
         )
-    here = os.getcwd()
-    sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name.partition(".")[0]:
             raise
         raise UserError(
-            f"There is no module '{module_name}' in {here} or on the path of Python."
+            f"There is no module '{module_name}' in {os.getcwd()} or on the path of"
+            " Python."
         ) from error
-    finally:
-        sys.path.remove(here)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"The module '{module_name}' has no function '{name}'.")

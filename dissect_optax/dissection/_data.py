@@ -70,13 +70,15 @@ def number_of_examples(examples: Any) -> int:
     return int(next(iter(lengths.values()))[0])
 
 
+def without_keys(array: jax.Array) -> jax.Array:
+    """The array, or the numbers behind it if it is one of random keys."""
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(array) if is_key else array
+
+
 def numbers_of(array: Any) -> np.ndarray:
     """The numbers of an array, also of one of random keys."""
-    if isinstance(array, jax.Array) and jnp.issubdtype(
-        array.dtype, jax.dtypes.prng_key
-    ):
-        array = jax.random.key_data(array)
-    return np.asarray(array)
+    return np.asarray(without_keys(array) if isinstance(array, jax.Array) else array)
 
 
 def fingerprint(data: Data) -> str:

@@ -15,6 +15,7 @@ import optax
 import dissect_optax
 from dissect_optax import family
 from dissect_optax.dissection._errors import UserError, first_line, unknown_name
+from dissect_optax.dissection._modules import import_module
 from dissect_optax.dissection._programs import program_digest, uses_first_argument
 
 _NAME = re.compile(r"\w[\w.\-]{0,99}")
@@ -144,7 +145,7 @@ def _imported(name: str) -> Method:
             " function in it, such as 'my_module:my_optimizer'."
         )
     try:
-        module = importlib.import_module(module_name)
+        module = import_module(module_name)
     except Exception as error:  # Whatever the user's module does.
         raise UserError(
             f"The module '{module_name}' of '{name}' cannot be imported"

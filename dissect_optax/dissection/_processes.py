@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from dissect_optax.dissection import _interrupts as interrupts
-from dissect_optax.dissection._data import numbers_of
+from dissect_optax.dissection._data import numbers_of, without_keys
 from dissect_optax.dissection._errors import UserError, first_line
 
 T = TypeVar("T")
@@ -247,9 +246,8 @@ def gathered(array: Any) -> np.ndarray:
     """The numbers of an array, whole; all processes ask for it together."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return numbers_of(array)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    numbers = without_keys(array)
+    return np.asarray(multihost_utils.process_allgather(numbers, tiled=True))
 
 
 def stops() -> bool:

@@ -255,11 +255,14 @@ class Dissection:
                     f"{name!r} has no replicates at batch size {batch_size}; these"
                     f" have: {', '.join(trained) or 'none'}."
                 )
+        tuning = select_runs(self.runs, batch_size, "tuning")
+        pair = (method, reference)
+        # Those of other methods have no say, and take most of the time.
         found = effects_between(
-            replicates,
-            select_runs(self.runs, batch_size, "tuning"),
+            [run for run in replicates if run.method in pair],
+            [run for run in tuning if run.method in pair],
             quantity,
-            pairs=[(method, reference)],
+            pairs=[pair],
         )
         (comparison,) = found.comparisons.values()
         return comparison.effect

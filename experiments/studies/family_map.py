@@ -62,10 +62,7 @@ CHANGES = (
 def methods_of(names: Sequence[str]) -> list[Method]:
     """ADAM, which all are compared with, and members of the family by name."""
     others = [name for name in names if name != REFERENCE]
-    return [
-        get_method(REFERENCE),
-        *(get_method(_method_name(name)) for name in others),
-    ]
+    return [get_method(_method_name(name)) for name in (REFERENCE, *others)]
 
 
 def rows_of(result: Dissection) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from dissect_optax.dissection import _processes as processes
 from experiments import launch as launching
 from tests.dissection.processes import configs_of
 from tests.dissection.toys import SETTINGS, job
+from tests.virtual_devices import eight_devices
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.dissection.processes"]
@@ -138,9 +139,7 @@ def test_a_run_without_its_coordinator_goes_on_with_one_and_eight_devices(
     done = subprocess.run(
         [*COMMAND, str(tmp_path / "runs"), *OPTIONS],
         cwd=REPOSITORY,
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-        | {"JAX_PLATFORMS": "cpu"},
+        env=eight_devices(),
         check=True,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,10 +1,11 @@
 """The sharded recipe of docs/gradient_variance.md on eight devices."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.virtual_devices import eight_devices
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "gradient_variance.md"
@@ -37,15 +38,10 @@ assert abs(results[0][2]["w1"] - wanted).max() <= 1e-12 * wanted.max()
 
 
 def test_a_batch_on_eight_devices_gives_the_same_in_float64():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_ENABLE_X64": "1",
-        "JAX_PLATFORMS": "cpu",
-    }
     done = subprocess.run(
         [sys.executable, "-c", recipe() + SHARDED],
         cwd=ROOT,
-        env=environment,
+        env=eight_devices() | {"JAX_ENABLE_X64": "1"},
         capture_output=True,
         text=True,
         check=False,
